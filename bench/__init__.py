@@ -1,0 +1,1 @@
+"""Benchmarks: a parity gate first, then times. See bench/README.md."""

@@ -1,0 +1,98 @@
+"""The formulas in float64, written for this benchmark alone: what every peer must arrive at.
+
+Nothing of the package and no optimizer of torch is used here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cases import EPS, RHO, Base, Workspace
+
+STEPS = 3
+
+# Roundings that may add up in an element: three steps of a dozen operations, errors of random sign.
+_ROUNDINGS = 8
+
+
+@dataclass
+class Stop:
+    """Weights at one moment of a trajectory, and the largest move that led there."""
+
+    weights: list[Tensor]
+    reach: float
+
+    def error(self, params: list[Tensor]) -> float:
+        """Largest deviation, relative to the size of a weight or, near zero, of the largest move."""
+        worst = 0.0
+        for weight, param in zip(self.weights, params, strict=True):
+            if weight.numel() == 0:
+                continue
+            deviation = (param.detach().double() - weight).abs_().div_(weight.abs() + self.reach)
+            worst = max(worst, _not_finite_is_wrong(deviation.max().item()))
+        return worst
+
+
+def _not_finite_is_wrong(x: float) -> float:
+    return x if math.isfinite(x) else math.inf
+
+
+@dataclass
+class Trajectory:
+    """Two stops of the last step: perturbed weights, and weights after the update."""
+
+    perturbed: Stop
+    descended: Stop
+
+
+def gradients_of_step(workspace: Workspace, step: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The two gradients of a gate step; they change places so that no step repeats the one before."""
+    pair = (workspace.first, workspace.second)
+    return pair if step % 2 == 0 else pair[::-1]
+
+
+@torch.no_grad()
+def trajectory(workspace: Workspace, base: Base, rho: float = RHO) -> Trajectory:
+    """STEPS steps of SAM (of the base alone for rho=0) from the workspace's initial weights."""
+    weights = workspace.weights64()
+    start = [w.clone() for w in weights]
+    slots = {name: [torch.zeros_like(w) for w in weights] for name in base.slots}
+    update: Callable[..., None] = _sgd if base.name == "sgd" else _adamw
+    perturbed = Stop([], 0.0)
+    for step in range(STEPS):
+        first, second = gradients_of_step(workspace, step)
+        norm = math.sqrt(sum(g.double().square_().sum().item() for g in first))
+        scale = rho / (norm + EPS)
+        if step == STEPS - 1:
+            perturbed.weights = [w + g.double().mul_(scale) for w, g in zip(weights, first, strict=True)]
+            perturbed.reach = scale * max(g.abs().max().item() for g in first)
+        for t, (weight, grad) in enumerate(zip(weights, second, strict=True)):
+            update(weight, grad.double(), {name: slots[name][t] for name in slots}, step + 1, **base.options)
+    reach = max((w - s).abs_().max().item() for w, s in zip(weights, start, strict=True))
+    return Trajectory(perturbed, Stop(weights, reach))
+
+
+def _sgd(w: Tensor, g: Tensor, slots: dict[str, Tensor], step: int, *, lr, momentum, weight_decay) -> None:
+    buffer = slots["momentum_buffer"]
+    buffer.mul_(momentum).add_(g.add_(w, alpha=weight_decay))
+    w.sub_(buffer, alpha=lr)
+
+
+def _adamw(w: Tensor, g: Tensor, slots: dict[str, Tensor], step: int, *, lr, weight_decay) -> None:
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+    mean, square = slots["exp_avg"], slots["exp_avg_sq"]
+    w.mul_(1 - lr * weight_decay)
+    mean.mul_(beta1).add_(g, alpha=1 - beta1)
+    square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    root = (square / (1 - beta2**step)).sqrt_().add_(eps)
+    w.addcdiv_(mean, root, value=-lr / (1 - beta1**step))
+
+
+def tolerance(dtype: torch.dtype, norm_error: float) -> float:
+    """What `Stop.error` may be: rounding of the weights' dtype, plus the peer's known error in the norm."""
+    return _ROUNDINGS * torch.finfo(dtype).eps + norm_error

@@ -1,0 +1,337 @@
+// The Python face of the C ABI: a Plan per layout of a parameter list, over tables of addresses.
+//
+// No torch header and no torch library: tensors are Python objects with a data_ptr() method, and
+// device scalars arrive as addresses. See note: [addresses].
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "ops/sam_kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Which list of a pass a table of addresses belongs to.
+enum Slot { kParams, kGrads, kSnapshots, kList0, kList1, kList2, kOut0, kOut1, kSteps, kSlots };
+
+constexpr int kMaxLists = 3;
+constexpr int kMaxOuts = 2;
+
+// An existing tensor without elements may have no storage, yet it takes part (its step counter
+// advances); NULL would say that it does not.
+char nothing;
+
+struct Names {
+  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
+  PyObject* dtype = PyUnicode_InternFromString("dtype");
+  PyObject* numel = PyUnicode_InternFromString("numel");
+};
+
+const Names& names() {
+  static const Names interned;  // never released: interned strings live as long as the interpreter
+  return interned;
+}
+
+template <class T>
+T* at(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(int status) {
+  if (status != 0) throw std::runtime_error(samk_last_error());
+}
+
+// Calls tensor.name() and returns the new reference, or throws what it raised.
+py::object call(PyObject* tensor, PyObject* name) {
+  PyObject* result = PyObject_VectorcallMethod(name, &tensor, 1, nullptr);
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+std::string where(const char* list, std::size_t index) {
+  return std::string(list) + "[" + std::to_string(index) + "]";
+}
+
+class Plan {
+ public:
+  Plan(std::vector<std::int64_t> numel, std::vector<std::int32_t> row)
+      : numel_(std::move(numel)), row_(std::move(row)) {
+    if (numel_.size() != row_.size()) throw std::invalid_argument("Plan: numel and row must have one entry per tensor");
+    plan_ = samk_plan_create(numel_.data(), static_cast<std::int64_t>(numel_.size()));
+    if (plan_ == nullptr) throw std::runtime_error(samk_last_error());
+  }
+  ~Plan() { samk_plan_destroy(plan_); }
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  // note: [addresses]
+  // Gradients are new tensors after every backward, so each pass reads its addresses again, by
+  // Tensor.data_ptr through vectorcall: well below 100 ns a tensor, and no torch symbol is needed.
+  // What cannot change while the tensor group lives (dtype, size, strides of parameters, gradients
+  // and snapshots) is not checked again; lists that come from elsewhere name the dtype they must have.
+  void point(int slot, const char* list, const py::list& tensors, int dtype, const py::object& must_be) {
+    if (slot < 0 || slot >= kSlots) throw std::invalid_argument("Plan.point: no such slot");
+    if (tensors.size() != numel_.size()) {
+      throw std::invalid_argument(std::string(list) + " has " + std::to_string(tensors.size()) +
+                                  " entries, but the plan has " + std::to_string(numel_.size()) + " tensors");
+    }
+    Table& table = tables_[slot];
+    table.dtype = dtype;
+    table.data.resize(numel_.size());
+    for (std::size_t t = 0; t < numel_.size(); ++t) {
+      PyObject* tensor = PyList_GetItem(tensors.ptr(), static_cast<Py_ssize_t>(t));
+      if (tensor == nullptr) throw py::error_already_set();
+      if (tensor == Py_None) {
+        table.data[t] = nullptr;
+        continue;
+      }
+      const std::int64_t numel = slot == kSteps ? 1 : numel_[t];
+      if (!must_be.is_none()) check_tensor(list, t, tensor, numel, must_be);
+      void* data = PyLong_AsVoidPtr(call(tensor, names().data_ptr).ptr());
+      if (data == nullptr) {
+        if (PyErr_Occurred()) throw py::error_already_set();
+        if (numel > 0) {
+          throw std::invalid_argument(where(list, t) + " has " + std::to_string(numel) +
+                                      " elements but no memory in this process (its data_ptr is 0); pass local "
+                                      "tensors, not DTensors or meta tensors");
+        }
+        data = &nothing;
+      }
+      table.data[t] = data;
+    }
+  }
+
+  void sq_norm(std::uintptr_t table, int moment, double q, std::uintptr_t peak, std::uintptr_t out,
+               std::uintptr_t per_tensor) const {
+    samk_sq_norm_args args{};
+    args.grads = list(kGrads);
+    args.params = list(kParams);
+    args.row = row_.data();
+    args.table = at<const double>(table);
+    args.moment = moment;
+    args.q = q;
+    args.peak = at<const double>(peak);
+    args.out = at<double>(out);
+    args.per_tensor = at<double>(per_tensor);
+    run([&] { return samk_sq_norm(plan_, &args); });
+  }
+
+  void perturb(std::uintptr_t table, int shape, double q, std::uintptr_t peak, std::uintptr_t norm,
+               std::uintptr_t tensor_scale) {
+    // Only tensors that were handed a snapshot buffer are perturbed.
+    for (std::size_t t = 0; t < numel_.size(); ++t) {
+      if (tables_[kSnapshots].data[t] == nullptr) tables_[kGrads].data[t] = nullptr;
+    }
+    samk_perturb_args args{};
+    args.params = list(kParams);
+    args.grads = list(kGrads);
+    args.snapshots = list(kSnapshots);
+    args.row = row_.data();
+    args.table = at<const double>(table);
+    args.shape = shape;
+    args.q = q;
+    args.peak = at<const double>(peak);
+    args.norm = at<const double>(norm);
+    args.tensor_scale = at<const double>(tensor_scale);
+    run([&] { return samk_perturb(plan_, &args); });
+  }
+
+  void restore() const {
+    samk_restore_args args{};
+    args.params = list(kParams);
+    args.snapshots = list(kSnapshots);
+    run([&] { return samk_restore(plan_, &args); });
+  }
+
+  void grad_stats(int lists, std::uintptr_t out) const {
+    check_count("grad_stats", lists, kMaxLists, "lists");
+    samk_grad_stats_args args{};
+    for (int i = 0; i < lists; ++i) args.list[i] = list(static_cast<Slot>(kList0 + i));
+    args.lists = lists;
+    args.out = at<double>(out);
+    run([&] { return samk_grad_stats(plan_, &args); });
+  }
+
+  void combine(int lists, int outs, std::uintptr_t coefficients) const {
+    check_count("combine_", lists, kMaxLists, "lists");
+    check_count("combine_", outs, kMaxOuts, "outputs");
+    samk_combine_args args{};
+    for (int i = 0; i < lists; ++i) args.list[i] = list(static_cast<Slot>(kList0 + i));
+    for (int i = 0; i < outs; ++i) args.out[i] = list(static_cast<Slot>(kOut0 + i));
+    args.lists = lists;
+    args.outs = outs;
+    args.coefficients = at<const double>(coefficients);
+    run([&] { return samk_combine(plan_, &args); });
+  }
+
+  // fresh: an empty list says that no momentum buffer is.
+  void descend(std::uintptr_t table, int rule, const py::list& fresh, std::uintptr_t guard,
+               std::uintptr_t found_inf, std::uintptr_t inv_scale) {
+    samk_descend_args args{};
+    args.params = list(kParams);
+    args.grads = list(kGrads);
+    args.snapshots = list(kSnapshots);
+    args.row = row_.data();
+    args.table = at<const double>(table);
+    args.rule = rule;
+    args.guard = at<const double>(guard);
+    args.found_inf = at<const float>(found_inf);
+    args.inv_scale = at<const float>(inv_scale);
+    if (rule == SAMK_SGD) {
+      args.state[0] = list(kList0);
+      if (fresh.size() != 0) args.fresh = read_fresh(fresh);
+      require_momentum(args.table);
+    } else {
+      args.state[0] = list(kList0);
+      args.state[1] = list(kList1);
+      args.step = reinterpret_cast<float* const*>(tables_[kSteps].data.data());
+      require("exp_avg", kList0);
+      require("exp_avg_sq", kList1);
+      require("step", kSteps);
+    }
+    run([&] { return samk_descend(plan_, &args); });
+  }
+
+ private:
+  struct Table {
+    std::vector<void*> data;
+    std::int32_t dtype = SAMK_F32;
+  };
+
+  samk_list list(Slot slot) const {
+    const Table& table = tables_[slot];
+    return {table.data.empty() ? nullptr : table.data.data(), table.dtype};
+  }
+
+  template <class Pass>
+  void run(Pass pass) const {
+    int status;
+    {
+      py::gil_scoped_release released;
+      status = pass();
+    }
+    check(status);
+  }
+
+  static void check_count(const char* pass, int count, int most, const char* what) {
+    if (count < 1 || count > most) {
+      throw std::invalid_argument(std::string(pass) + ": got " + std::to_string(count) + " " + what +
+                                  "; expected 1 to " + std::to_string(most));
+    }
+  }
+
+  static void check_tensor(const char* list, std::size_t t, PyObject* tensor, std::int64_t numel,
+                           const py::object& must_be) {
+    auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, names().dtype));
+    if (!dtype) throw py::error_already_set();
+    if (!dtype.is(must_be)) {
+      throw std::invalid_argument(where(list, t) + " is " + std::string(py::str(dtype)) + " but the list is " +
+                                  std::string(py::str(must_be)) + "; a list must have one dtype");
+    }
+    const long long count = PyLong_AsLongLong(call(tensor, names().numel).ptr());
+    if (count == -1 && PyErr_Occurred()) throw py::error_already_set();
+    if (count != numel) {
+      throw std::invalid_argument(where(list, t) + " has " + std::to_string(count) + " elements, expected " +
+                                  std::to_string(numel));
+    }
+  }
+
+  // A gradient without the state its rule writes would be a write to address 0.
+  void require(const char* name, Slot slot) const {
+    for (std::size_t t = 0; t < numel_.size(); ++t) {
+      if (tables_[kGrads].data[t] != nullptr && tables_[slot].data[t] == nullptr) missing(name, t);
+    }
+  }
+
+  void require_momentum(const double* table) const {
+    for (std::size_t t = 0; t < numel_.size(); ++t) {
+      if (tables_[kGrads].data[t] == nullptr || tables_[kList0].data[t] != nullptr) continue;
+      if (table[row_[t] * SAMK_COLUMNS + SAMK_MOMENTUM] != 0) missing("momentum_buffer", t);
+    }
+  }
+
+  [[noreturn]] static void missing(const char* name, std::size_t t) {
+    throw std::invalid_argument("descend_: grads[" + std::to_string(t) + "] is there but " + where(name, t) +
+                                " is None; every tensor with a gradient needs its state");
+  }
+
+  const std::uint8_t* read_fresh(const py::list& fresh) {
+    if (fresh.size() != numel_.size()) {
+      throw std::invalid_argument("descend_: fresh has " + std::to_string(fresh.size()) + " entries, but there are " +
+                                  std::to_string(numel_.size()) + " tensors");
+    }
+    fresh_.resize(numel_.size());
+    for (std::size_t t = 0; t < numel_.size(); ++t) {
+      const int flag = PyObject_IsTrue(PyList_GET_ITEM(fresh.ptr(), static_cast<Py_ssize_t>(t)));
+      if (flag < 0) throw py::error_already_set();
+      fresh_[t] = static_cast<std::uint8_t>(flag);
+    }
+    return fresh_.data();
+  }
+
+  std::vector<std::int64_t> numel_;
+  std::vector<std::int32_t> row_;
+  std::vector<std::uint8_t> fresh_;
+  Table tables_[kSlots];
+  samk_plan* plan_ = nullptr;
+};
+
+// The instruction sets samk_set_cpu_isa accepts on this machine, plainest first.
+py::list available_isas() {
+  const std::string present = samk_cpu_isa();
+  py::list found;
+  for (const char* name : {"baseline", "avx2", "avx512"}) {
+    if (samk_set_cpu_isa(name) == 0) found.append(name);
+  }
+  check(samk_set_cpu_isa(present.c_str()));
+  return found;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "The passes in C++; driven by sam_kernels.backends.native.";
+  m.attr("abi_version") = SAMK_ABI_VERSION;
+
+  // Tables of addresses belong to one pass at a time: a plan serves one thread at a time.
+  py::class_<Plan>(m, "Plan", py::module_local())
+      .def(py::init([](const py::list& numel, const py::list& row) {
+        std::vector<std::int64_t> sizes;
+        std::vector<std::int32_t> rows;
+        for (py::handle n : numel) sizes.push_back(n.cast<std::int64_t>());
+        for (py::handle r : row) rows.push_back(r.cast<std::int32_t>());
+        return new Plan(std::move(sizes), std::move(rows));
+      }))
+      .def("point", &Plan::point, py::arg("slot"), py::arg("name"), py::arg("tensors"), py::arg("dtype"),
+           py::arg("must_be") = py::none())
+      .def("sq_norm", &Plan::sq_norm)
+      .def("perturb", &Plan::perturb)
+      .def("restore", &Plan::restore)
+      .def("grad_stats", &Plan::grad_stats)
+      .def("combine", &Plan::combine)
+      .def("descend", &Plan::descend);
+
+  for (auto [name, slot] : {std::pair<const char*, int>{"PARAMS", kParams},
+                            {"GRADS", kGrads},
+                            {"SNAPSHOTS", kSnapshots},
+                            {"LISTS", kList0},
+                            {"OUTS", kOut0},
+                            {"STEPS", kSteps}}) {
+    m.attr(name) = slot;
+  }
+
+  m.def("set_thread_pool", [](std::uintptr_t parallel_for, std::uintptr_t num_threads) {
+    samk_set_thread_pool(reinterpret_cast<samk_parallel_for_fn>(parallel_for),
+                         reinterpret_cast<samk_num_threads_fn>(num_threads));
+  });
+  m.def("isa", [] { return std::string(samk_cpu_isa()); });
+  m.def("available_isas", &available_isas);
+  m.def("set_isa", [](const py::object& name) {
+    check(samk_set_cpu_isa(name.is_none() ? nullptr : name.cast<std::string>().c_str()));
+  });
+}

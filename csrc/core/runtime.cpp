@@ -1,0 +1,87 @@
+#include "core/runtime.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace samk {
+namespace {
+
+thread_local std::string last_error;
+
+std::atomic<samk_parallel_for_fn> parallel_for{nullptr};
+std::atomic<samk_num_threads_fn> num_threads{nullptr};
+
+int64_t cache_bytes() {
+  long bytes = -1;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+  return bytes > 0 ? bytes : int64_t{32} << 20;
+}
+
+struct Tickets {
+  const ChunkPlan& plan;
+  const std::function<void(const Span&)>& work;
+  std::atomic<int64_t> next{0};
+
+  void take_all() {
+    const auto& spans = plan.spans();
+    for (int64_t s = next++; s < static_cast<int64_t>(spans.size()); s = next++) work(spans[s]);
+  }
+};
+
+void run_tickets(int64_t begin, int64_t end, void* context) {
+  for (int64_t i = begin; i < end; ++i) static_cast<Tickets*>(context)->take_all();
+}
+
+}  // namespace
+
+int fail(const std::string& sentence) {
+  last_error = sentence;
+  return 1;
+}
+
+void for_each_span(const ChunkPlan& plan, const std::function<void(const Span&)>& work) {
+  const int64_t spans = static_cast<int64_t>(plan.spans().size());
+  uint32_t threads = 1;
+  const auto ask = num_threads.load();
+  const auto run = parallel_for.load();
+  if (ask == nullptr || run == nullptr || ask(&threads) != 0) threads = 1;
+  const int64_t helpers = std::min<int64_t>(threads, spans);
+  Tickets tickets{plan, work};
+  // Should the pool refuse, the tickets that are left are taken here.
+  if (helpers > 1) run(0, helpers, 1, run_tickets, &tickets);
+  tickets.take_all();
+}
+
+bool exceeds_cache(int64_t bytes) {
+  static const int64_t limit = cache_bytes() / 2;
+  return bytes > limit;
+}
+
+}  // namespace samk
+
+extern "C" {
+
+const char* samk_last_error(void) { return samk::last_error.c_str(); }
+
+void samk_set_thread_pool(samk_parallel_for_fn run, samk_num_threads_fn ask) {
+  samk::parallel_for = run;
+  samk::num_threads = ask;
+}
+
+samk_plan* samk_plan_create(const int64_t* numel, int64_t count) {
+  for (int64_t t = 0; t < count; ++t) {
+    if (numel[t] < 0) {
+      samk::fail("samk_plan_create: numel[" + std::to_string(t) + "] is negative");
+      return nullptr;
+    }
+  }
+  return new samk_plan(numel, count);
+}
+
+void samk_plan_destroy(samk_plan* plan) { delete plan; }
+
+}  // extern "C"

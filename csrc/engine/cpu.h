@@ -1,0 +1,134 @@
+// Loops of the CPU engine: whole packs, then the tail through the same functor. Knows no optimizer.
+#ifndef SAM_KERNELS_ENGINE_CPU_H_
+#define SAM_KERNELS_ENGINE_CPU_H_
+
+#include <type_traits>
+
+#include "core/pack.h"
+#include "core/runtime.h"
+
+namespace samk {
+namespace SAMK_ISA {
+
+// Access to a whole pack.
+struct Whole {
+  static constexpr int lanes() { return kLanes; }
+  template <class T>
+  SAMK_INLINE auto get(const T* p) const {
+    return load(p);
+  }
+  template <class T, class V>
+  SAMK_INLINE void put(T* p, V x, bool streaming = false) const {
+    streaming ? stream(p, x) : store(p, x);
+  }
+  template <class T>
+  SAMK_INLINE void copy(T* to, const T* from, bool streaming) const {
+    copy16(to, from, streaming);
+  }
+};
+
+// Access to fewer than sixteen elements: lanes beyond the end read as zero and are never written.
+struct Tail {
+  int n;
+  int lanes() const { return n; }
+  template <class T>
+  SAMK_INLINE auto get(const T* p) const {
+    alignas(64) T lanes[kLanes] = {};
+    std::memcpy(lanes, p, n * sizeof(T));
+    return load(static_cast<const T*>(lanes));
+  }
+  template <class T, class V>
+  SAMK_INLINE void put(T* p, V x, bool = false) const {
+    alignas(64) T lanes[kLanes];
+    store(lanes, x);
+    std::memcpy(p, lanes, n * sizeof(T));
+  }
+  template <class T>
+  SAMK_INLINE void copy(T* to, const T* from, bool) const {
+    std::memcpy(to, from, n * sizeof(T));
+  }
+};
+
+// Calls body(i, part) for every pack of n elements and once more for the rest.
+template <class Body>
+SAMK_INLINE void sweep(int64_t n, Body body) {
+  int64_t i = 0;
+#pragma GCC unroll 4
+  for (; i + kLanes <= n; i += kLanes) body(i, Whole{});
+  if (i < n) body(i, Tail{static_cast<int>(n - i)});
+}
+
+// The same with the choice of streaming stores outside the loop.
+template <class Body>
+SAMK_INLINE void sweep_streaming(int64_t n, bool streaming, Body body) {
+  if (streaming) {
+    sweep(n, [&](int64_t i, auto part) { body(i, part, std::true_type{}); });
+  } else {
+    sweep(n, [&](int64_t i, auto part) { body(i, part, std::false_type{}); });
+  }
+}
+
+// Streaming stores need aligned addresses; 64 bytes also keeps each store within a cache line.
+template <class T>
+bool can_stream(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % 64 == 0;
+}
+
+template <class T>
+T* element(const samk_list& list, int32_t tensor, int64_t begin) {
+  if (list.data == nullptr || list.data[tensor] == nullptr) return nullptr;
+  return static_cast<T*>(list.data[tensor]) + begin;
+}
+
+inline bool has(const samk_list& list, int32_t tensor) { return list.data != nullptr && list.data[tensor] != nullptr; }
+
+// Calls body(chunk, index) for every chunk of the plan, in parallel.
+template <class Body>
+void for_each_chunk(const samk_plan& plan, Body body) {
+  const auto& chunks = plan.chunks.chunks();
+  for_each_span(plan.chunks, [&](const Span& span) {
+    for (int64_t c = span.first; c < span.last; ++c) body(chunks[c], c);
+    finish_streaming();
+  });
+}
+
+// Calls visit with a value of the element type, or fails with a sentence.
+template <class Visit>
+int with_dtype(const char* pass, int32_t dtype, Visit visit) {
+  switch (dtype) {
+    case SAMK_F32:
+      return visit(float{});
+    case SAMK_F64:
+      return visit(double{});
+    case SAMK_BF16:
+      return visit(bf16{});
+    case SAMK_F16:
+      return visit(f16{});
+  }
+  return fail(std::string(pass) + ": dtype code " + std::to_string(dtype) + " is unknown");
+}
+
+inline int64_t dtype_bytes(int32_t dtype) { return dtype == SAMK_F64 ? 8 : dtype == SAMK_F32 ? 4 : 2; }
+
+// The lists of one pass share a dtype in this engine; absent lists do not count.
+template <class... Lists>
+int check_one_dtype(const char* pass, int32_t dtype, const Lists&... lists) {
+  const bool same = ((lists.data == nullptr || lists.dtype == dtype) && ...);
+  if (same) return 0;
+  return fail(std::string(pass) + ": the lists differ in dtype, and the CPU engine expects one for all");
+}
+
+// The sum over lanes, low to high, in double.
+template <class V>
+SAMK_INLINE double sum_lanes(V x) {
+  alignas(64) typename V::Scalar lanes[kLanes];
+  store(lanes, x);
+  double total = 0;
+  for (int i = 0; i < kLanes; ++i) total += lanes[i];
+  return total;
+}
+
+}  // namespace SAMK_ISA
+}  // namespace samk
+
+#endif  // SAM_KERNELS_ENGINE_CPU_H_

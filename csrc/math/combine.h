@@ -1,0 +1,22 @@
+// a x + b y + c z, adding in list order; lists with a zero coefficient are never read.
+#ifndef SAM_KERNELS_MATH_COMBINE_H_
+#define SAM_KERNELS_MATH_COMBINE_H_
+
+namespace samk {
+
+template <class S>
+struct Term {
+  S coefficient;
+  template <class V>
+  V first(V x) const {
+    return V(coefficient) * x;
+  }
+  template <class V>
+  V next(V sum, V x) const {
+    return fma(V(coefficient), x, sum);
+  }
+};
+
+}  // namespace samk
+
+#endif  // SAM_KERNELS_MATH_COMBINE_H_

@@ -1,0 +1,51 @@
+// How weights are measured (T), and what one element adds to the norm.
+#ifndef SAM_KERNELS_MATH_METRIC_H_
+#define SAM_KERNELS_MATH_METRIC_H_
+
+#include <cmath>
+
+namespace samk {
+
+// T = 1
+struct Euclidean {
+  static constexpr bool kReadsWeight = false;
+  template <class V>
+  V weigh(V d, V) const {
+    return d;
+  }
+};
+
+// T = |w| + eta
+template <class S>
+struct Adaptive {
+  static constexpr bool kReadsWeight = true;
+  S eta;
+  template <class V>
+  V weigh(V d, V w) const {
+    return (abs(w) + V(eta)) * d;
+  }
+};
+
+// u^2
+struct Square {
+  template <class V>
+  V operator()(V u) const {
+    return u * u;
+  }
+};
+
+// (|u| / peak)^q; a peak of zero means that every u is zero.
+template <class S>
+struct Power {
+  S peak, q;
+  template <class V>
+  V operator()(V u) const {
+    const S p = peak, e = q;
+    if (p == S(0)) return u;  // zero, or NaN where the gradient is
+    return map(abs(u) / V(p), [e](S x) { return std::pow(x, e); });
+  }
+};
+
+}  // namespace samk
+
+#endif  // SAM_KERNELS_MATH_METRIC_H_

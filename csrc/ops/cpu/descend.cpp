@@ -1,0 +1,181 @@
+#include "math/descent.h"
+
+#include "engine/cpu.h"
+#include "ops/cpu/passes.h"
+
+namespace samk {
+namespace SAMK_ISA {
+namespace {
+
+// One chunk as every rule sees it: from is the snapshot, or the weights themselves.
+template <class T>
+struct Site {
+  T* w;
+  const T* from;
+  const T* g;
+  int64_t n;
+  bool streaming;
+};
+
+template <class S>
+Decayed<S> decayed(const double* row, double inv_scale, bool coupled) {
+  const double sign = row[SAMK_MAXIMIZE] != 0 ? -inv_scale : inv_scale;
+  return {static_cast<S>(sign), coupled ? static_cast<S>(row[SAMK_WEIGHT_DECAY]) : S(0)};
+}
+
+template <bool kDecay, class S, class V>
+SAMK_INLINE V gradient(const Decayed<S>& decay, V g, V w) {
+  if constexpr (kDecay) return decay(g, w);
+  return V(decay.sign) * g;  // a weight that is not finite must not leak through 0 * w
+}
+
+enum class Buffer { kNone, kOld, kFresh };
+
+template <Buffer kBuffer, bool kDecay, class T, class S>
+void sgd_chunk(const Site<T>& at, T* buffer, const Decayed<S>& decay, const Sgd<S>& rule) {
+  sweep_streaming(at.n, at.streaming, [&](int64_t i, auto part, auto stream) {
+    const auto w = part.get(at.from + i);
+    const auto g = gradient<kDecay>(decay, part.get(at.g + i), w);
+    if constexpr (kBuffer == Buffer::kNone) {
+      part.put(at.w + i, rule.weight(w, g), stream);
+    } else {
+      auto b = g;
+      if constexpr (kBuffer == Buffer::kOld) b = rule.buffer(part.get(buffer + i), g);
+      part.put(at.w + i, rule.weight(w, g, b), stream);
+      part.put(buffer + i, b);
+    }
+  });
+}
+
+template <bool kDecay, class T, class S>
+void adam_chunk(const Site<T>& at, T* first, T* second, const Decayed<S>& decay, const Adam<S>& rule) {
+  sweep_streaming(at.n, at.streaming, [&](int64_t i, auto part, auto stream) {
+    const auto w = part.get(at.from + i);
+    const auto g = gradient<kDecay>(decay, part.get(at.g + i), w);
+    const auto m = rule.first_moment(part.get(first + i), g);
+    const auto v = rule.second_moment(part.get(second + i), g);
+    part.put(at.w + i, rule.weight(w, m, v), stream);
+    part.put(first + i, m);
+    part.put(second + i, v);
+  });
+}
+
+template <class S>
+Sgd<S> sgd_scalars(const double* row) {
+  const double momentum = row[SAMK_MOMENTUM];
+  const bool nesterov = row[SAMK_NESTEROV] != 0;
+  return {static_cast<S>(-row[SAMK_LR]),
+          static_cast<S>(momentum),
+          static_cast<S>(1 - row[SAMK_DAMPENING]),
+          nesterov ? static_cast<S>(momentum) : S(1),
+          nesterov ? S(1) : S(0)};
+}
+
+template <class S>
+Adam<S> adam_scalars(const double* row, double step) {
+  const double beta1 = row[SAMK_BETA1], beta2 = row[SAMK_BETA2], lr = row[SAMK_LR];
+  const bool decoupled = row[SAMK_DECOUPLED] != 0;
+  return {static_cast<S>(1 - beta1),
+          static_cast<S>(beta2),
+          static_cast<S>(1 - beta2),
+          static_cast<S>(-lr / (1 - std::pow(beta1, step))),
+          static_cast<S>(std::sqrt(1 - std::pow(beta2, step))),
+          static_cast<S>(row[SAMK_ADAM_EPS]),
+          decoupled ? static_cast<S>(1 - lr * row[SAMK_WEIGHT_DECAY]) : S(1)};
+}
+
+// The scalars of each tensor, worked out once before the chunks: powers cost more than a tiny tensor.
+template <class S>
+std::vector<Adam<S>>& adam_table(const samk_plan& plan, const samk_descend_args& a) {
+  static thread_local std::vector<Adam<S>> table;
+  table.resize(plan.chunks.count());
+  const double* last_row = nullptr;
+  float last_step = -1;
+  Adam<S> last{};
+  for (int32_t t = 0; t < plan.chunks.count(); ++t) {
+    if (!has(a.grads, t)) continue;
+    const double* row = a.table + a.row[t] * SAMK_COLUMNS;
+    if (row != last_row || *a.step[t] != last_step) {
+      last_row = row;
+      last_step = *a.step[t];
+      last = adam_scalars<S>(row, static_cast<double>(last_step) + 1);
+    }
+    table[t] = last;
+  }
+  return table;
+}
+
+template <class T>
+void sgd_tensor(const samk_descend_args& a, const Site<T>& at, const Chunk& chunk, double inv_scale) {
+  using S = typename Opmath<T>::S;
+  const double* row = a.table + a.row[chunk.tensor] * SAMK_COLUMNS;
+  const auto decay = decayed<S>(row, inv_scale, true);
+  const auto rule = sgd_scalars<S>(row);
+  T* buffer = row[SAMK_MOMENTUM] != 0 ? element<T>(a.state[0], chunk.tensor, chunk.begin) : nullptr;
+  const bool fresh = a.fresh != nullptr && a.fresh[chunk.tensor] != 0;
+  const auto run = [&](auto decays) {
+    constexpr bool kDecay = decltype(decays)::value;
+    if (buffer == nullptr) return sgd_chunk<Buffer::kNone, kDecay>(at, buffer, decay, rule);
+    if (fresh) return sgd_chunk<Buffer::kFresh, kDecay>(at, buffer, decay, rule);
+    sgd_chunk<Buffer::kOld, kDecay>(at, buffer, decay, rule);
+  };
+  decay.weight_decay != 0 ? run(std::true_type{}) : run(std::false_type{});
+}
+
+template <class T>
+void adam_tensor(const samk_descend_args& a, const Site<T>& at, const Chunk& chunk, double inv_scale,
+                 const Adam<typename Opmath<T>::S>& rule) {
+  using S = typename Opmath<T>::S;
+  const double* row = a.table + a.row[chunk.tensor] * SAMK_COLUMNS;
+  const auto decay = decayed<S>(row, inv_scale, row[SAMK_DECOUPLED] == 0);
+  T* m = element<T>(a.state[0], chunk.tensor, chunk.begin);
+  T* v = element<T>(a.state[1], chunk.tensor, chunk.begin);
+  decay.weight_decay != 0 ? adam_chunk<true>(at, m, v, decay, rule) : adam_chunk<false>(at, m, v, decay, rule);
+}
+
+}  // namespace
+
+int descend(const samk_plan& plan, const samk_descend_args& a) {
+  if (check_one_dtype("descend_", a.params.dtype, a.grads, a.snapshots, a.state[0], a.state[1]) != 0) return 1;
+  if (a.rule != SAMK_SGD && a.rule != SAMK_ADAM) return fail("descend_: rule is neither SGD nor Adam");
+  if (a.rule == SAMK_ADAM && a.step == nullptr) return fail("descend_: Adam needs step counters");
+  const bool is_safe = (a.guard == nullptr || std::isfinite(*a.guard)) && (a.found_inf == nullptr || *a.found_inf == 0);
+  const double inv_scale = a.inv_scale == nullptr ? 1.0 : *a.inv_scale;
+  const int arrays = a.rule == SAMK_SGD ? 5 : 7;
+  const bool large = exceeds_cache(plan.chunks.total() * dtype_bytes(a.params.dtype) * arrays);
+  const int status = with_dtype("descend_", a.params.dtype, [&](auto type) {
+    using T = decltype(type);
+    using S = typename Opmath<T>::S;
+    const std::vector<Adam<S>>* adam = a.rule == SAMK_ADAM && is_safe ? &adam_table<S>(plan, a) : nullptr;
+    for_each_chunk(plan, [&](const Chunk& chunk, int64_t) {
+      T* w = element<T>(a.params, chunk.tensor, chunk.begin);
+      const T* s = element<T>(a.snapshots, chunk.tensor, chunk.begin);
+      const T* g = element<T>(a.grads, chunk.tensor, chunk.begin);
+      if (w == nullptr) return;
+      // Reading the weights puts them in the cache; only a write that was not read goes around it.
+      const bool streaming = large && s != nullptr && can_stream(w);
+      if (g == nullptr || !is_safe) {
+        if (s == nullptr) return;
+        sweep(chunk.size, [&](int64_t i, auto part) { part.copy(w + i, s + i, streaming); });
+        return;
+      }
+      const Site<T> at{w, s != nullptr ? s : w, g, chunk.size, streaming};
+      if (adam == nullptr) {
+        sgd_tensor(a, at, chunk, inv_scale);
+      } else {
+        adam_tensor(a, at, chunk, inv_scale, (*adam)[chunk.tensor]);
+      }
+    });
+    return 0;
+  });
+  if (status != 0) return status;
+  if (a.rule == SAMK_ADAM && is_safe) {
+    for (int32_t t = 0; t < plan.chunks.count(); ++t) {
+      if (has(a.grads, t)) *a.step[t] += 1;
+    }
+  }
+  return 0;
+}
+
+}  // namespace SAMK_ISA
+}  // namespace samk

@@ -1,0 +1,24 @@
+#include "engine/cpu.h"
+#include "ops/cpu/passes.h"
+
+namespace samk {
+namespace SAMK_ISA {
+
+int restore(const samk_plan& plan, const samk_restore_args& a) {
+  if (check_one_dtype("restore_", a.params.dtype, a.snapshots) != 0) return 1;
+  const bool large = exceeds_cache(plan.chunks.total() * dtype_bytes(a.params.dtype) * 2);
+  return with_dtype("restore_", a.params.dtype, [&](auto type) {
+    using T = decltype(type);
+    for_each_chunk(plan, [&](const Chunk& chunk, int64_t) {
+      T* w = element<T>(a.params, chunk.tensor, chunk.begin);
+      const T* s = element<T>(a.snapshots, chunk.tensor, chunk.begin);
+      if (w == nullptr || s == nullptr) return;
+      const bool streaming = large && can_stream(w);
+      sweep(chunk.size, [&](int64_t i, auto part) { part.copy(w + i, s + i, streaming); });
+    });
+    return 0;
+  });
+}
+
+}  // namespace SAMK_ISA
+}  // namespace samk

@@ -1,0 +1,109 @@
+#include "engine/cpu.h"
+#include "math/metric.h"
+#include "ops/cpu/passes.h"
+
+namespace samk {
+namespace SAMK_ISA {
+namespace {
+
+// Four packs in flight hide the latency of the adds; sums are fp32 inside a chunk on purpose (fp64
+// across chunks loses nothing that 256 additions a lane could keep).
+constexpr int kAccumulators = 4;
+
+template <class T, class Metric, class Moment>
+double sum_chunk(const T* g, const T* w, int64_t n, const Metric& metric, const Moment& moment) {
+  using V = typename Opmath<T>::V;
+  using S = typename Opmath<T>::S;
+  V acc[kAccumulators] = {V(S(0)), V(S(0)), V(S(0)), V(S(0))};
+  const auto term = [&](int64_t i, auto part) {
+    const V d = part.get(g + i);
+    if constexpr (Metric::kReadsWeight) return moment(metric.weigh(d, part.get(w + i)));
+    return moment(metric.weigh(d, d));
+  };
+  int64_t i = 0;
+  for (; i + kAccumulators * kLanes <= n; i += kAccumulators * kLanes) {
+#pragma GCC unroll 4
+    for (int a = 0; a < kAccumulators; ++a) acc[a] = acc[a] + term(i + a * kLanes, Whole{});
+  }
+  for (int a = 0; i + kLanes <= n; i += kLanes, ++a) acc[a] = acc[a] + term(i, Whole{});
+  if (i < n) acc[kAccumulators - 1] = acc[kAccumulators - 1] + term(i, Tail{static_cast<int>(n - i)});
+  return sum_lanes((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
+// The largest |u|; not finite if any u is not.
+template <class T, class Metric>
+double peak_chunk(const T* g, const T* w, int64_t n, const Metric& metric) {
+  using V = typename Opmath<T>::V;
+  using S = typename Opmath<T>::S;
+  V peak(S(0)), poison(S(0));
+  sweep(n, [&](int64_t i, auto part) {
+    const V d = part.get(g + i);
+    V u = d;
+    if constexpr (Metric::kReadsWeight) u = metric.weigh(d, part.get(w + i));
+    poison = poison + u * V(S(0));  // max drops a NaN, 0 * inf makes one
+    peak = max(peak, abs(u));
+  });
+  alignas(64) S lanes[kLanes];
+  store(lanes, peak);
+  double largest = 0;
+  for (S lane : lanes) largest = lane > largest ? lane : largest;
+  return largest + sum_lanes(poison);
+}
+
+template <class T, class Metric>
+double measure_chunk(const samk_sq_norm_args& a, const T* g, const T* w, int64_t n, const Metric& metric) {
+  using S = typename Opmath<T>::S;
+  switch (a.moment) {
+    case SAMK_PEAK:
+      return peak_chunk(g, w, n, metric);
+    case SAMK_POWER:
+      return sum_chunk(g, w, n, metric, Power<S>{static_cast<S>(*a.peak), static_cast<S>(a.q)});
+    default:
+      return sum_chunk(g, w, n, metric, Square{});
+  }
+}
+
+}  // namespace
+
+int sq_norm(const samk_plan& plan, const samk_sq_norm_args& a) {
+  if (check_one_dtype("sq_norm", a.grads.dtype, a.params) != 0) return 1;
+  const auto& chunks = plan.chunks.chunks();
+  plan.partials.resize(chunks.size());
+  double* const partials = plan.partials.data();
+  const int status = with_dtype("sq_norm", a.grads.dtype, [&](auto type) {
+    using T = decltype(type);
+    using S = typename Opmath<T>::S;
+    for_each_chunk(plan, [&](const Chunk& chunk, int64_t c) {
+      const double* row = a.table + a.row[chunk.tensor] * SAMK_COLUMNS;
+      const T* g = element<T>(a.grads, chunk.tensor, chunk.begin);
+      const T* w = element<T>(a.params, chunk.tensor, chunk.begin);
+      if (g == nullptr || row[SAMK_METRIC] == SAMK_FIXED) {
+        partials[c] = 0;
+      } else if (row[SAMK_METRIC] == SAMK_ADAPTIVE) {
+        partials[c] = measure_chunk(a, g, w, chunk.size, Adaptive<S>{static_cast<S>(row[SAMK_ETA])});
+      } else {
+        partials[c] = measure_chunk(a, g, w, chunk.size, Euclidean{});
+      }
+    });
+    return 0;
+  });
+  if (status != 0) return status;
+
+  const bool is_peak = a.moment == SAMK_PEAK;
+  // A NaN on either side stays: the comparison is written so that it is never dropped.
+  const auto join = [is_peak](double x, double y) { return !is_peak ? x + y : (y > x || y != y) && x == x ? y : x; };
+  if (a.per_tensor != nullptr) std::fill_n(a.per_tensor, plan.chunks.count(), 0.0);
+  double total = 0;
+  for (size_t c = 0; c < chunks.size(); ++c) {
+    total = join(total, partials[c]);
+    if (a.per_tensor != nullptr) {
+      double& own = a.per_tensor[chunks[c].tensor];
+      own = join(own, partials[c]);
+    }
+  }
+  *a.out = total;
+  return 0;
+}
+
+}  // namespace SAMK_ISA
+}  // namespace samk

@@ -1,0 +1,170 @@
+// The C ABI of the passes. One function per pass; the CPU library, the CUDA library and the
+// CUDA sources emulated on the CPU all export it, so that whatever drives one drives all.
+//
+// Plain C types only: pointers, sizes, dtype codes, a stream handle. No torch, no Python.
+// Every function returns 0, or non-zero with a sentence in samk_last_error().
+#ifndef SAM_KERNELS_H_
+#define SAM_KERNELS_H_
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define SAMK_API __declspec(dllexport)
+#else
+#define SAMK_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SAMK_ABI_VERSION 1
+
+enum samk_dtype { SAMK_F32 = 0, SAMK_F64 = 1, SAMK_BF16 = 2, SAMK_F16 = 3 };
+
+// Parallel lists: element t of every list belongs to parameter t and has numel[t] elements, dense
+// and in the same memory order as the parameter. data[t] == NULL means "tensor t takes no part".
+// data == NULL means "there is no such list".
+typedef struct samk_list {
+  void* const* data;
+  int32_t dtype;
+} samk_list;
+
+// note: [table of scalars]
+// Hyperparameters live in rows of doubles on the device of the tensors; row[t] names the row of
+// tensor t. A row is one param group under one metric, so one launch serves every param group.
+enum samk_column {
+  SAMK_METRIC = 0,  // enum samk_metric: how weights are measured, or that they take no part
+  SAMK_ETA,         // floor added to |w| by SAMK_ADAPTIVE
+  SAMK_RHO,         // radius; negative where the base optimizer maximizes
+  SAMK_EPS,         // added to the norm
+  SAMK_LR,
+  SAMK_WEIGHT_DECAY,
+  SAMK_MAXIMIZE,   // 0 or 1
+  SAMK_MOMENTUM,   // SGD
+  SAMK_DAMPENING,  // SGD
+  SAMK_NESTEROV,   // SGD, 0 or 1
+  SAMK_BETA1,      // Adam
+  SAMK_BETA2,      // Adam
+  SAMK_ADAM_EPS,   // Adam
+  SAMK_DECOUPLED,  // Adam, 1 = AdamW
+  SAMK_COLUMNS = 16
+};
+
+enum samk_metric {
+  SAMK_FIXED = 0,      // not perturbed and not counted in the norm (masked out as a whole)
+  SAMK_EUCLIDEAN = 1,  // T = 1
+  SAMK_ADAPTIVE = 2    // T = |w| + eta
+};
+
+// What one element u = T * g contributes to sq_norm, and the shape h(u) of the perturbation.
+enum samk_moment { SAMK_SQUARE = 0 /* u^2 */, SAMK_PEAK = 1 /* max |u| */, SAMK_POWER = 2 /* (|u|/peak)^q */ };
+enum samk_shape { SAMK_LINEAR = 0 /* u */, SAMK_SIGN = 1 /* sign(u) */, SAMK_POWERED = 2 /* sign(u)(|u|/peak)^(q-1) */ };
+
+enum samk_rule { SAMK_SGD = 0, SAMK_ADAM = 1 };
+
+// The chunk plan of one layout (numel of every tensor), made once. note: [chunk order]
+// Chunks are fixed by the sizes alone, never by the number of threads, so every sum has one order.
+typedef struct samk_plan samk_plan;
+SAMK_API samk_plan* samk_plan_create(const int64_t* numel, int64_t count);
+SAMK_API void samk_plan_destroy(samk_plan* plan);
+
+// out[0] = sum (or max) over tensors with data and a row that is not SAMK_FIXED of moment(T * g).
+// params may be absent unless a row is SAMK_ADAPTIVE. A NaN or infinity in any gradient makes
+// out[0] non-finite, whatever the moment.
+typedef struct samk_sq_norm_args {
+  samk_list grads, params;
+  const int32_t* row;
+  const double* table;
+  int32_t moment;      // enum samk_moment
+  double q;            // SAMK_POWER
+  const double* peak;  // SAMK_POWER: device scalar
+  double* out;         // [1]
+  double* per_tensor;  // NULL, or [count]: the same per tensor (0 for those without a part)
+  void* stream;
+} samk_sq_norm_args;
+SAMK_API int samk_sq_norm(const samk_plan*, const samk_sq_norm_args*);
+
+// snapshot = w;  w += scale * T * h(T * g),  scale = rho / (norm + eps) * tensor_scale[t].
+// SAMK_SIGN uses scale = rho. If *norm is not finite the weights keep their bits (a branch, never
+// a multiplication by zero) and the snapshot is still written. Tensors without gradient data, or
+// with a SAMK_FIXED row, are left alone altogether.
+typedef struct samk_perturb_args {
+  samk_list params, grads, snapshots;
+  const int32_t* row;
+  const double* table;
+  int32_t shape;  // enum samk_shape
+  double q;
+  const double* peak;
+  const double* norm;          // device scalar
+  const double* tensor_scale;  // NULL, or [count]
+  void* stream;
+} samk_perturb_args;
+SAMK_API int samk_perturb(const samk_plan*, const samk_perturb_args*);
+
+// w = snapshot, where there is one.
+typedef struct samk_restore_args {
+  samk_list params, snapshots;
+  void* stream;
+} samk_restore_args;
+SAMK_API int samk_restore(const samk_plan*, const samk_restore_args*);
+
+// All dots of `lists` gradient lists (at most 3) in one read: out = upper triangle, row by row
+// (00 01 02 11 12 22). A tensor missing from either list adds nothing to that dot.
+typedef struct samk_grad_stats_args {
+  samk_list list[3];
+  int32_t lists;
+  double* out;  // [lists * (lists + 1) / 2]
+  void* stream;
+} samk_grad_stats_args;
+SAMK_API int samk_grad_stats(const samk_plan*, const samk_grad_stats_args*);
+
+// out[i] = sum_j coefficients[i * lists + j] * list[j] for up to 2 outputs and 3 lists; an output
+// may be one of the lists. A missing tensor counts as zero and a zero coefficient never reads.
+typedef struct samk_combine_args {
+  samk_list list[3];
+  int32_t lists;
+  samk_list out[2];
+  int32_t outs;
+  const double* coefficients;  // device, [outs * lists]
+  void* stream;
+} samk_combine_args;
+SAMK_API int samk_combine(const samk_plan*, const samk_combine_args*);
+
+// The base optimizer's update, reading the snapshot in place of w where there is one and writing w
+// once. A tensor with a snapshot and no gradient is restored; one with neither is left alone.
+// If *guard is not finite, or *found_inf is 1: w = snapshot and nothing else moves, step counters
+// included.
+typedef struct samk_descend_args {
+  samk_list params, grads, snapshots;
+  samk_list state[3];     // SGD: momentum_buffer. Adam: exp_avg, exp_avg_sq.
+  float* const* step;     // Adam: torch's 0-d float32 step counters, advanced here; NULL for SGD
+  const uint8_t* fresh;   // SGD: 1 where momentum_buffer[t] was just created and takes the gradient
+  const int32_t* row;
+  const double* table;
+  int32_t rule;            // enum samk_rule
+  const double* guard;     // NULL, or device scalar
+  const float* found_inf;  // NULL, or device scalar
+  const float* inv_scale;  // NULL, or device scalar multiplied into every gradient
+  void* stream;
+} samk_descend_args;
+SAMK_API int samk_descend(const samk_plan*, const samk_descend_args*);
+
+SAMK_API const char* samk_last_error(void);
+
+// CPU library only: torch's own thread pool, handed in as the addresses of torch_parallel_for and
+// torch_get_num_threads (stable C symbols of libtorch_cpu). Without them passes run on the caller.
+typedef void (*samk_range_fn)(int64_t begin, int64_t end, void* context);
+typedef int32_t (*samk_parallel_for_fn)(int64_t begin, int64_t end, int64_t grain, samk_range_fn, void* context);
+typedef int32_t (*samk_num_threads_fn)(uint32_t* out);
+SAMK_API void samk_set_thread_pool(samk_parallel_for_fn, samk_num_threads_fn);
+
+// "avx512", "avx2" or "baseline"; set takes one of them or NULL for the best this machine has and
+// fails on one it lacks.
+SAMK_API const char* samk_cpu_isa(void);
+SAMK_API int samk_set_cpu_isa(const char* name);
+
+#ifdef __cplusplus
+}
+#endif
+#endif  // SAM_KERNELS_H_

@@ -1,0 +1,16 @@
+"""sam_kernels: sharpness-aware minimization with fused kernels.
+
+    recipes -> recipe -> policies          descriptions; no torch operator
+    optimizer -> perturbation, state, tensor_groups
+    perturbation, state, ops -> backends   reference | foreach | native
+    native -> csrc                         C++, no torch at build time
+
+Importing this package compiles nothing and initialises no device.
+"""
+
+from . import backends, ops, policies, recipes, running_stats
+from ._version import __version__
+from .optimizer import SAM
+from .recipe import Recipe
+
+__all__ = ["SAM", "Recipe", "__version__", "backends", "ops", "policies", "recipes", "running_stats"]

@@ -1,0 +1,274 @@
+"""Native backend: thin calls to the C++ passes, one plan per tensor group.
+
+The module behind it was built without torch and knows only addresses; this file reads them off the
+tensors, hands over torch's thread pool and advances the version counters that a write through an
+address would leave behind. Importing it never fails: `refusal` says what is missing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from ..tensor_groups import EUCLIDEAN, Column, TensorGroup
+
+# SAMK_ABI_VERSION of csrc/ops/sam_kernels.h
+ABI_VERSION = 1
+
+# enum samk_dtype, samk_moment, samk_shape, samk_rule
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_MOMENTS = {"square": 0, "peak": 1, "power": 2}
+_SHAPES = {"linear": 0, "sign": 1, "powered": 2}
+_RULES = {"sgd": 0, "adam": 1}
+
+_ISA_VARIABLE = "SAM_KERNELS_CPU_ISA"
+
+
+class Native:
+    """See `sam_kernels.backends.Backend` for the contract of each method."""
+
+    name = "native"
+
+    def refusal(self, group: TensorGroup) -> str | None:
+        if _problem is not None:
+            return _problem
+        if group.device.type != "cpu":
+            return f"the native module of this build serves cpu tensors, not {group.device.type} ones"
+        if group.dtype not in _DTYPES:
+            known = ", ".join(str(dtype)[6:] for dtype in _DTYPES)
+            return f"the native passes calculate in {known}, not in {str(group.dtype)[6:]}"
+        if not group.dense:
+            return "a parameter is a view with gaps or overlaps, and the native passes walk whole blocks"
+        return None
+
+    def sq_norm(
+        self,
+        group: TensorGroup,
+        *,
+        of: str = "gradient",
+        moment: str = "square",
+        q: float | None = None,
+        peak: Tensor | None = None,
+        per_tensor: bool = False,
+    ) -> Tensor:
+        plan = _plan(group)
+        table, measured = group.table, group.grads
+        if of == "weight":
+            # The weights stand in for the gradients, and no metric multiplies them.
+            table = table.clone()
+            table[:, Column.METRIC].clamp_(max=EUCLIDEAN)
+            measured = [None if g is None else w for w, g in zip(group.params, group.grads, strict=True)]
+        plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
+        plan.point(_native.GRADS, "grads", measured, _DTYPES[group.dtype])
+        # Fresh results each time: the caller may hold an earlier one.
+        total = torch.empty((), dtype=torch.float64)
+        each = torch.empty(len(group.params), dtype=torch.float64) if per_tensor else None
+        peak = _scalars(peak, torch.float64)
+        plan.sq_norm(table.data_ptr(), _MOMENTS[moment], q or 0.0, _at(peak), total.data_ptr(), _at(each))
+        return total if each is None else each
+
+    def perturb_(
+        self,
+        group: TensorGroup,
+        norm: Tensor,
+        *,
+        shape: str = "linear",
+        q: float | None = None,
+        peak: Tensor | None = None,
+        tensor_scale: Tensor | None = None,
+    ) -> None:
+        plan = _plan(group)
+        plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
+        plan.point(_native.GRADS, "grads", group.grads, _DTYPES[group.dtype])
+        plan.point(_native.SNAPSHOTS, "snapshots", group.snapshots, _DTYPES[group.dtype])
+        norm, peak, tensor_scale = (_scalars(x, torch.float64) for x in (norm, peak, tensor_scale))
+        plan.perturb(
+            group.table.data_ptr(), _SHAPES[shape], q or 0.0, _at(peak), _at(norm), _at(tensor_scale)
+        )
+        _count_write(group.params, where=group.snapshots)
+        _count_write(group.snapshots)
+
+    def restore_(self, group: TensorGroup) -> None:
+        plan = _plan(group)
+        plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
+        plan.point(_native.SNAPSHOTS, "snapshots", group.snapshots, _DTYPES[group.dtype])
+        plan.restore()
+        _count_write(group.params, where=group.snapshots)
+
+    def grad_stats(self, group: TensorGroup, lists: list[list[Tensor | None]]) -> Tensor:
+        plan = _plan(group)
+        for i, tensors in enumerate(lists):
+            _point_foreign(plan, group, _native.LISTS + i, f"lists[{i}]", tensors)
+        dots = torch.empty(len(lists) * (len(lists) + 1) // 2, dtype=torch.float64)
+        plan.grad_stats(len(lists), dots.data_ptr())
+        return dots
+
+    def combine_(
+        self,
+        group: TensorGroup,
+        outs: list[list[Tensor | None]],
+        lists: list[list[Tensor | None]],
+        coefficients: Tensor,
+    ) -> None:
+        plan = _plan(group)
+        for i, tensors in enumerate(lists):
+            _point_foreign(plan, group, _native.LISTS + i, f"lists[{i}]", tensors)
+        for i, tensors in enumerate(outs):
+            _point_foreign(plan, group, _native.OUTS + i, f"outs[{i}]", tensors)
+        coefficients = _scalars(coefficients, torch.float64)
+        plan.combine(len(lists), len(outs), _at(coefficients))
+        for out in outs:
+            _count_write(out)
+
+    def descend_(
+        self,
+        group: TensorGroup,
+        rule: str,
+        slots: dict[str, list[Any]],
+        *,
+        guard: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        inv_scale: Tensor | None = None,
+    ) -> None:
+        plan = _plan(group)
+        code = _DTYPES[group.dtype]
+        plan.point(_native.PARAMS, "params", group.params, code)
+        plan.point(_native.GRADS, "grads", group.grads, code)
+        plan.point(_native.SNAPSHOTS, "snapshots", group.snapshots, code)
+        names = ["momentum_buffer"] if rule == "sgd" else ["exp_avg", "exp_avg_sq"]
+        for i, name in enumerate(names):
+            plan.point(_native.LISTS + i, name, slots[name], code, group.dtype)
+        if rule == "adam":
+            plan.point(_native.STEPS, "step", slots["step"], _DTYPES[torch.float32], torch.float32)
+            names.append("step")
+        guard = _scalars(guard, torch.float64)
+        found_inf, inv_scale = _scalars(found_inf, torch.float32), _scalars(inv_scale, torch.float32)
+        plan.descend(
+            group.table.data_ptr(),
+            _RULES[rule],
+            slots.get("fresh", []),
+            _at(guard),
+            _at(found_inf),
+            _at(inv_scale),
+        )
+        _count_write(group.params, where=group.snapshots, or_where=group.grads)
+        for name in names:
+            _count_write(slots[name], where=group.grads)
+
+
+def isa() -> str | None:
+    """The instruction set in use ("baseline", "avx2", "avx512"), or None without the native module."""
+    return None if _native is None else _native.isa()
+
+
+def describe() -> str:
+    """What the native module is doing on this machine, or why it is not there; for the doctor."""
+    if _native is None:
+        return str(_problem)
+    isas = ", ".join(_native.available_isas())
+    line = f"cpu passes with {_native.isa()} instructions (this machine has {isas}), {_threads}"
+    return line if _problem is None else f"{line}; not used: {_problem}"
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The compiled module, or the sentence why there is none."""
+    name = f"{__package__.rpartition('.')[0]}._native"
+    try:
+        module = import_module(name)
+    except ModuleNotFoundError as problem:
+        if problem.name != name:
+            return None, f"the native module could not be loaded: {problem}"
+        return None, (
+            "the native module was not built: no C++ compiler was found when the package was installed; "
+            "reinstall with a compiler, or use backend='foreach'"
+        )
+    except ImportError as problem:
+        return None, f"the native module could not be loaded: {problem}; reinstall the package"
+    if module.abi_version != ABI_VERSION:
+        return None, (
+            f"the native module was built for version {module.abi_version} of the C interface and this "
+            f"package speaks version {ABI_VERSION}; reinstall the package, so that both come from one source"
+        )
+    return module, None
+
+
+def _hand_over_threads(module: ModuleType) -> str:
+    """Let the passes run on torch's own thread pool; a second pool would fight it for the cores."""
+    library = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / library))
+        functions = torch_cpu.torch_parallel_for, torch_cpu.torch_get_num_threads
+    except (OSError, AttributeError):
+        return f"on one thread (torch {torch.__version__} exports no torch_parallel_for; 2.10 and later do)"
+    module.set_thread_pool(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
+    return "on torch's thread pool"
+
+
+def _force_isa(module: ModuleType) -> str | None:
+    """Honour SAM_KERNELS_CPU_ISA, or return the sentence why it cannot be."""
+    forced = os.environ.get(_ISA_VARIABLE)
+    if not forced:
+        return None
+    available = module.available_isas()
+    if forced not in available:
+        return f"{_ISA_VARIABLE}={forced!r} is not available; this machine has {', '.join(available)}"
+    module.set_isa(forced)
+    return None
+
+
+def _plan(group: TensorGroup) -> Any:
+    """The plan of the group's layout, made once; the group is rebuilt when its layout changes."""
+    plan = group.cache.get("native")
+    if plan is None:
+        plan = _native.Plan([p.numel() for p in group.params], group.row)
+        group.cache["native"] = plan
+    return plan
+
+
+def _point_foreign(plan: Any, group: TensorGroup, slot: int, name: str, tensors: list[Tensor | None]) -> None:
+    """Point at a list that the group did not make: its dtype and sizes are checked on the way."""
+    dtype = next((x.dtype for x in tensors if x is not None), group.dtype)
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name} is {dtype}; expected one of {', '.join(map(str, _DTYPES))}")
+    plan.point(slot, name, tensors, _DTYPES[dtype], dtype)
+
+
+def _scalars(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Device scalars as the passes read them; the caller keeps the result alive while they do."""
+    return None if values is None else values.to("cpu", dtype).contiguous()
+
+
+def _at(values: Tensor | None) -> int:
+    return 0 if values is None else values.data_ptr()
+
+
+def _count_write(
+    tensors: list[Any], *, where: list[Any] | None = None, or_where: list[Any] | None = None
+) -> None:
+    """Advance the version counter of what was written, so that autograd notices a stale graph."""
+    if where is None:
+        where = tensors
+    if or_where is None:
+        written = [x for x, mark in zip(tensors, where, strict=True) if mark is not None and x is not None]
+    else:
+        marks = zip(where, or_where, strict=True)
+        written = [x for x, (a, b) in zip(tensors, marks, strict=True) if a is not None or b is not None]
+    increment_version(written)
+
+
+_native, _problem = _load()
+_threads = ""
+if _native is not None:
+    _threads = _hand_over_threads(_native)
+    _problem = _force_isa(_native)
+
+BACKEND = Native()

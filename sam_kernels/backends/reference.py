@@ -1,0 +1,261 @@
+"""Reference backend: the six passes in plain torch, one expression per formula; the oracle of the tests.
+
+Arithmetic happens in opmath (fp32 for half types, otherwise the tensor's own type) and is rounded
+once, where a result is stored. Sums are float64. Any floating dtype, any device; it reads scalars on
+the host and loops over tensors, so it is for reading and comparing rather than for speed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tensor_groups import ADAPTIVE, FIXED, Column, TensorGroup
+
+Row = list[float]  # one row of the table of scalars, indexed by Column
+
+# ---- formulas, on one tensor; csrc/math has the same names -----------------------------------------
+
+
+def opmath(x: Tensor) -> Tensor:
+    """x in the type arithmetic happens in: fp32 for half types."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def metric_weight(w: Tensor, row: Row) -> Tensor | float:
+    """``T = |w| + eta`` under the adaptive metric, 1 otherwise."""
+    return w.abs() + row[Column.ETA] if row[Column.METRIC] == ADAPTIVE else 1.0
+
+
+def ratio(u: Tensor, peak: Tensor) -> Tensor:
+    """``|u| / peak``, and 0 where everything is zero."""
+    return torch.where(peak == 0, torch.zeros_like(u), u.abs() / peak)
+
+
+def moment_of(u: Tensor, kind: str, q: float | None, peak: Tensor | None) -> Tensor:
+    """What an element adds to the sum: ``u^2``, ``|u|`` (of which the largest counts), ``(|u| / peak)^q``."""
+    if kind == "square":
+        return u.square()
+    if kind == "peak":
+        return u.abs()
+    return ratio(u, peak).pow(q)
+
+
+def displacement(u: Tensor, shape: str, q: float | None, peak: Tensor | None) -> Tensor:
+    """``h(u)``: ``u``, ``sign(u)`` or ``sign(u) (|u| / peak)^(q-1)``."""
+    if shape == "linear":
+        return u
+    if shape == "sign":
+        return u.sign()
+    return u.sign() * ratio(u, peak).pow(q - 1)
+
+
+def ascent_scale(norm: Tensor, row: Row, shape: str) -> Tensor:
+    """``rho / (norm + eps)``; the sign has its length already: ``rho``. A zero norm moves nothing."""
+    if shape == "sign":
+        return torch.full_like(norm, row[Column.RHO])
+    scale = row[Column.RHO] / (norm + row[Column.EPS])
+    return torch.where(norm == 0, torch.zeros_like(norm), scale)
+
+
+def perturb(
+    w: Tensor, g: Tensor, scale: Tensor, row: Row, shape: str, q: float | None, peak: Tensor | None
+) -> Tensor:
+    """``w + scale * T h(T g)``."""
+    weight = metric_weight(w, row)
+    return w + scale.to(w.dtype) * (weight * displacement(weight * g, shape, q, peak))
+
+
+def sgd(w: Tensor, g: Tensor, buffer: Tensor | None, row: Row, fresh: bool) -> tuple[Tensor, Tensor | None]:
+    """``b = momentum b + (1 - dampening) g;  w - lr b``, in the order of torch.optim.SGD."""
+    g = -g if row[Column.MAXIMIZE] else g
+    if row[Column.WEIGHT_DECAY]:
+        g = g.add(w, alpha=row[Column.WEIGHT_DECAY])
+    momentum = row[Column.MOMENTUM]
+    if momentum == 0:
+        return w.add(g, alpha=-row[Column.LR]), buffer
+    buffer = g if fresh else (buffer * momentum).add(g, alpha=1 - row[Column.DAMPENING])
+    direction = g.add(buffer, alpha=momentum) if row[Column.NESTEROV] else buffer
+    return w.add(direction, alpha=-row[Column.LR]), buffer
+
+
+def adam(
+    w: Tensor, g: Tensor, mean: Tensor, square: Tensor, step: float, row: Row
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``w - lr m^ / (sqrt(v^) + eps)`` in the order of torch.optim.Adam; decoupled decay makes it AdamW.
+
+    Args:
+        step: number of this update, from 1.
+    """
+    lr, beta1, beta2 = row[Column.LR], row[Column.BETA1], row[Column.BETA2]
+    g = -g if row[Column.MAXIMIZE] else g
+    if row[Column.DECOUPLED]:
+        w = w * (1 - lr * row[Column.WEIGHT_DECAY])
+    elif row[Column.WEIGHT_DECAY]:
+        g = g.add(w, alpha=row[Column.WEIGHT_DECAY])
+    mean = mean.lerp(g, 1 - beta1)
+    square = (square * beta2).addcmul(g, g, value=1 - beta2)
+    # Bias corrections are Python floats: in fp32, 1 - 0.999^step loses half its digits at step 1.
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    denominator = square.sqrt() / correction2**0.5 + row[Column.ADAM_EPS]
+    return w.addcdiv(mean, denominator, value=-lr / correction1), mean, square
+
+
+# ---- passes, over the lists of a group -------------------------------------------------------------
+
+
+def rows_of(group: TensorGroup) -> list[Row]:
+    """Per tensor, its row of the table, on the host."""
+    table = group.table.tolist()
+    return [table[r] for r in group.row]
+
+
+def is_unsafe(guard: Tensor | None, found_inf: Tensor | None) -> bool:
+    """Whether a step must be skipped: the first gradients or the present ones are not finite."""
+    if guard is not None and not bool(torch.isfinite(guard)):
+        return True
+    return found_inf is not None and bool(found_inf == 1)
+
+
+class Reference:
+    """See `sam_kernels.backends.Backend` for the contract of each method."""
+
+    name = "reference"
+
+    def refusal(self, group: TensorGroup) -> str | None:
+        if not group.dtype.is_floating_point:
+            return f"{group.dtype} has no perturbation; give it floating-point parameters"
+        return None
+
+    def sq_norm(
+        self,
+        group: TensorGroup,
+        *,
+        of: str = "gradient",
+        moment: str = "square",
+        q: float | None = None,
+        peak: Tensor | None = None,
+        per_tensor: bool = False,
+    ) -> Tensor:
+        parts = torch.zeros(len(group.params), dtype=torch.float64, device=group.device)
+        for t, (w, g, row) in enumerate(zip(group.params, group.grads, rows_of(group), strict=True)):
+            if g is None or row[Column.METRIC] == FIXED or w.numel() == 0:
+                continue
+            w, g = opmath(w), opmath(g)
+            u = w if of == "weight" else metric_weight(w, row) * g
+            each = moment_of(u.double(), moment, q, peak)
+            parts[t] = each.max() if moment == "peak" else each.sum()
+        if per_tensor:
+            return parts
+        return parts.max() if moment == "peak" else parts.sum()
+
+    def perturb_(
+        self,
+        group: TensorGroup,
+        norm: Tensor,
+        *,
+        shape: str = "linear",
+        q: float | None = None,
+        peak: Tensor | None = None,
+        tensor_scale: Tensor | None = None,
+    ) -> None:
+        for t, row in enumerate(rows_of(group)):
+            w, g, snapshot = group.params[t], group.grads[t], group.snapshots[t]
+            if snapshot is None or g is None:
+                continue
+            snapshot.copy_(w)
+            if not torch.isfinite(norm):
+                continue
+            scale = ascent_scale(norm, row, shape)
+            if tensor_scale is not None:
+                scale = scale * tensor_scale[t]
+            in_opmath = None if peak is None else peak.to(opmath(w).dtype)
+            w.copy_(perturb(opmath(w), opmath(g), scale, row, shape, q, in_opmath))
+
+    def restore_(self, group: TensorGroup) -> None:
+        for w, snapshot in zip(group.params, group.snapshots, strict=True):
+            if snapshot is not None:
+                w.copy_(snapshot)
+
+    def grad_stats(self, group: TensorGroup, lists: list[list[Tensor | None]]) -> Tensor:
+        dots = []
+        for i, xs in enumerate(lists):
+            for ys in lists[i:]:
+                both = [(x, y) for x, y in zip(xs, ys, strict=True) if x is not None and y is not None]
+                total = torch.zeros((), dtype=torch.float64, device=group.device)
+                dots.append(sum(((x.double() * y.double()).sum() for x, y in both), start=total))
+        return torch.stack(dots)
+
+    def combine_(
+        self,
+        group: TensorGroup,
+        outs: list[list[Tensor | None]],
+        lists: list[list[Tensor | None]],
+        coefficients: Tensor,
+    ) -> None:
+        for t in range(len(group.params)):
+            xs = [column[t] for column in lists]
+            # All sums before the first store: an output may be one of the lists.
+            sums = [_weighted_sum(weights, xs) for weights in coefficients.tolist()]
+            for out, total in zip(outs, sums, strict=True):
+                if out[t] is not None:
+                    out[t].copy_(total)
+
+    def descend_(
+        self,
+        group: TensorGroup,
+        rule: str,
+        slots: dict[str, list[Any]],
+        *,
+        guard: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        inv_scale: Tensor | None = None,
+    ) -> None:
+        unsafe = is_unsafe(guard, found_inf)
+        for t, row in enumerate(rows_of(group)):
+            w, g, snapshot = group.params[t], group.grads[t], group.snapshots[t]
+            if g is None or unsafe:
+                if snapshot is not None:
+                    w.copy_(snapshot)
+                continue
+            descend_one_(w, g, snapshot, row, rule, slots, t, inv_scale)
+
+
+def descend_one_(
+    w: Tensor,
+    g: Tensor,
+    snapshot: Tensor | None,
+    row: Row,
+    rule: str,
+    slots: dict[str, list[Any]],
+    t: int,
+    inv_scale: Tensor | None,
+) -> None:
+    """The update of tensor t, from its snapshot where there is one."""
+    start, g = opmath(w if snapshot is None else snapshot), opmath(g)
+    if inv_scale is not None:
+        g = g * inv_scale.to(g.dtype)
+    if rule == "sgd":
+        buffer = slots["momentum_buffer"][t]
+        fresh = bool(slots["fresh"]) and slots["fresh"][t]
+        new, new_buffer = sgd(start, g, None if buffer is None else opmath(buffer), row, fresh)
+        if row[Column.MOMENTUM]:
+            buffer.copy_(new_buffer)
+    else:
+        mean, square, step = slots["exp_avg"][t], slots["exp_avg_sq"][t], slots["step"][t]
+        step += 1
+        new, new_mean, new_square = adam(start, g, opmath(mean), opmath(square), step.item(), row)
+        mean.copy_(new_mean)
+        square.copy_(new_square)
+    w.copy_(new)
+
+
+def _weighted_sum(weights: list[float], xs: list[Tensor | None]) -> Tensor:
+    """``sum_j weights[j] xs[j]``; a missing tensor or a zero weight adds nothing, not even a NaN."""
+    terms = [a * opmath(x) for a, x in zip(weights, xs, strict=True) if x is not None and a != 0]
+    return sum(terms[1:], start=terms[0]) if terms else torch.zeros(())
+
+
+BACKEND = Reference()

@@ -1,0 +1,128 @@
+"""What SAM's constructor decides: which recipe, which base optimizer, and what it knows by name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import recipes
+from .policies import Euclidean, Member
+from .recipe import Recipe, check_rho
+
+
+def choose_recipe(recipe: Recipe | str | None, rho: float | None, adaptive: bool) -> Recipe:
+    """The recipe that the constructor's arguments name, with rho in place of its own."""
+    if rho is not None:
+        check_rho(rho, "SAM")
+    if isinstance(recipe, str):
+        chosen = recipes.get(recipe)
+    elif recipe is None:
+        chosen = recipes.sam()
+    elif isinstance(recipe, Recipe):
+        chosen = recipe
+    else:
+        raise TypeError(
+            f"SAM: recipe is {recipe!r}; expected a Recipe, a name ({', '.join(recipes.names())}) or None"
+        )
+    if adaptive and not isinstance(chosen.metric, Euclidean):
+        raise TypeError(
+            f"SAM: adaptive=True and recipe '{chosen.name}' each choose a metric; drop adaptive=True for the "
+            "recipe's, or the recipe for T = |w|"
+        )
+    return chosen if rho is None else replace(chosen, rho=rho)
+
+
+def build_base(params: Any, base_optimizer: Any, base_kwargs: dict[str, Any]) -> Optimizer:
+    """The base optimizer: the instance given, or one built from the class."""
+    if isinstance(base_optimizer, Optimizer):
+        return _check_instance(params, base_optimizer, base_kwargs)
+    if not callable(base_optimizer):
+        raise TypeError(
+            f"SAM: base_optimizer is {base_optimizer!r}; expected an optimizer class such as "
+            "torch.optim.SGD, or an instance"
+        )
+    if params is None:
+        raise TypeError("SAM: params is None; only a base_optimizer instance brings its own parameters")
+    base = base_optimizer(params, **base_kwargs)
+    if not isinstance(base, Optimizer):
+        raise TypeError(
+            f"SAM: {base_optimizer!r} built {type(base).__name__}; expected a torch.optim.Optimizer"
+        )
+    return _check_base(base)
+
+
+def _check_instance(params: Any, base: Optimizer, base_kwargs: dict[str, Any]) -> Optimizer:
+    if base_kwargs:
+        raise TypeError(
+            f"SAM: {', '.join(base_kwargs)} cannot be set on an optimizer instance; set them where "
+            f"{type(base).__name__} is built, or pass the class"
+        )
+    if params is not None:
+        given = {id(p) for p in _flatten(params)}
+        held = {id(p) for group in base.param_groups for p in group["params"]}
+        if given != held:
+            raise TypeError(
+                f"SAM: params are not the parameters that this {type(base).__name__} instance holds; "
+                "pass None or use SAM.wrap(instance, recipe)"
+            )
+    return _check_base(base)
+
+
+def _check_base(base: Optimizer) -> Optimizer:
+    if hasattr(base, "first_step"):
+        raise TypeError(
+            f"SAM: {type(base).__name__} is a sharpness-aware optimizer already; "
+            "wrap its base_optimizer instead"
+        )
+    if isinstance(base, torch.optim.LBFGS):
+        raise TypeError(
+            "SAM: LBFGS evaluates its own closure many times a step and cannot be a base optimizer; use one "
+            "whose step() needs only gradients"
+        )
+    return base
+
+
+def _flatten(params: Any) -> Iterator[Tensor]:
+    for item in [params] if isinstance(params, Tensor) else params:
+        if isinstance(item, dict):
+            yield from _flatten(item["params"])
+        else:
+            yield item[1] if isinstance(item, tuple) else item
+
+
+def member_lookup(param_groups: list[dict[str, Any]], model: nn.Module | None) -> Callable[[Tensor], Member]:
+    """What is known about each parameter, from the model and from names given with the parameters."""
+    names: dict[int, str] = {}
+    modules: dict[int, nn.Module] = {}
+    if model is not None:
+        for prefix, module in model.named_modules():
+            for name, param in module.named_parameters(recurse=False):
+                names[id(param)] = f"{prefix}.{name}" if prefix else name
+                modules[id(param)] = module
+    for group in param_groups:
+        for name, param in zip(group.get("param_names", ()), group["params"], strict=False):
+            names[id(param)] = name
+    return lambda param: Member(names.get(id(param)), modules.get(id(param)))
+
+
+def warn_if_names_are_missing(
+    recipe: Recipe, param_groups: list[dict[str, Any]], model: nn.Module | None
+) -> None:
+    """Say it when a recipe treats parameters by name and names are unknown."""
+    if not recipe.metric.needs_names():
+        return
+    member_of = member_lookup(param_groups, model)
+    if any(member_of(p).name is None for group in param_groups for p in group["params"]):
+        warnings.warn(
+            f"recipe '{recipe.name}' treats parameters by name, and names are unknown, so its operator is "
+            "applied to every one of them. Pass model.named_parameters() or model= for the published form, "
+            "or only=None to say that this is what you want",
+            UserWarning,
+            stacklevel=4,
+        )

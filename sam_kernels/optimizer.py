@@ -1,0 +1,519 @@
+"""SAM: one optimizer class around any torch optimizer, driven by a `Recipe`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import backends, perturbation, state
+from .construction import build_base, choose_recipe, member_lookup, warn_if_names_are_missing
+from .perturbation import Measure, Served
+from .policies import Adaptive, Euclidean
+from .recipe import Recipe, check_rho
+from .running_stats import frozen
+from .tensor_groups import FIXED, collect
+
+_IDLE, _PERTURBED, _RESTORED = "idle", "perturbed", "restored"
+
+
+class SAM(Optimizer):
+    """Sharpness-aware minimization around a base optimizer.
+
+    A step is: gradient at ``w``; ``w + e`` with ``e = rho T^2 g / (||T g|| + eps)``; gradient there;
+    weights back to ``w`` bit for bit; the base optimizer's update with the second gradient. The
+    restore and the update are one pass when the base is torch's SGD, Adam or AdamW.
+
+    Args:
+        params: what `torch.optim` takes: parameters, named parameters, or dicts of param groups (a
+            group may set its own "rho" and "adaptive"). None when base_optimizer is an instance.
+        base_optimizer: a `torch.optim.Optimizer` class (or any callable that builds one), or an
+            instance, whose parameters, state and param groups are then used as they are.
+        rho: radius, at least 0; None means the recipe's.
+        adaptive: True means ``T = |w|`` on every parameter and no eta (the elementwise form known
+            from ``adaptive=True`` elsewhere); the authors' ASAM is ``recipe="asam"``.
+        recipe: a `Recipe`, a name from `recipes.names()`, or None for plain SAM.
+        backend: "auto", or the name of a backend that must serve (see `backends()`).
+        model: the module the parameters belong to. Gives recipes names and layers, and lets
+            ``step(closure)`` freeze normalization statistics in every pass but the first.
+        allow_plain_step: let ``step()`` with nothing pending be a step of the base optimizer alone.
+        **base_kwargs: for the base optimizer's class, e.g. lr, momentum, weight_decay.
+
+    Raises:
+        ValueError: for a negative rho, an unknown recipe or backend, complex or sparse parameters.
+        TypeError: for arguments that contradict each other.
+        RuntimeError: if the named backend cannot serve the parameters.
+
+    Example:
+        >>> import torch
+        >>> from sam_kernels import SAM
+        >>> model = torch.nn.Linear(4, 1)
+        >>> opt = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+        >>> x, y = torch.ones(8, 4), torch.zeros(8, 1)
+        >>> def closure():
+        ...     loss = torch.nn.functional.mse_loss(model(x), y)
+        ...     loss.backward()
+        ...     return loss
+        >>> first = opt.step(closure)
+        >>> bool(opt.step(closure) < first)
+        True
+
+    Source: Foret et al., ICLR 2021, arXiv 2010.01412; each recipe names its own paper.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Any,
+        rho: float | None = None,
+        adaptive: bool = False,
+        *,
+        recipe: Recipe | str | None = None,
+        backend: str = "auto",
+        model: nn.Module | None = None,
+        allow_plain_step: bool = False,
+        **base_kwargs: Any,
+    ) -> None:
+        chosen = choose_recipe(recipe, rho, adaptive)
+        backends.check_wish(backend)
+        self.base_optimizer = build_base(params, base_optimizer, base_kwargs)
+        self.recipe = chosen
+        self.backend = backend
+        self.model = model
+        self.allow_plain_step = allow_plain_step
+        self._phase = _IDLE
+        self._served: Served | None = None
+        self._layout: list[Any] = []
+        self._measure: Measure | None = None
+        self._own_rho: set[int] = set()
+
+        # The base owns param groups and state (see the properties below); this constructor only
+        # brings the hooks and the defaults of torch.optim.Optimizer.
+        ours = {"rho": chosen.rho_at(0), "adaptive": bool(adaptive)}
+        super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **ours})
+        self._is_built = True
+        for index in range(len(self.param_groups)):
+            self._adopt_group(index)
+        warn_if_names_are_missing(chosen, self.param_groups, model)
+        self._groups()  # refuses now what could not be served later
+
+    @classmethod
+    def wrap(cls, base_optimizer: Optimizer, recipe: Recipe | str | None = None, **kwargs: Any) -> SAM:
+        """SAM around an optimizer instance; parameters, state and param groups stay the instance's.
+
+        Args:
+            base_optimizer: an instance, possibly with state already.
+            recipe: as in the constructor.
+            **kwargs: rho, adaptive, backend, model, allow_plain_step.
+
+        Raises:
+            TypeError: if base_optimizer is not an instance.
+
+        Example:
+            >>> import torch
+            >>> from sam_kernels import SAM, recipes
+            >>> base = torch.optim.AdamW(torch.nn.Linear(4, 1).parameters(), lr=1e-3)
+            >>> SAM.wrap(base, recipes.sam(rho=0.1)).param_groups is base.param_groups
+            True
+        """
+        if not isinstance(base_optimizer, Optimizer):
+            raise TypeError(
+                f"SAM.wrap: base_optimizer is {base_optimizer!r}; expected an optimizer instance. "
+                "For a class, call SAM(params, cls, ...)"
+            )
+        return cls(None, base_optimizer, recipe=recipe, **kwargs)
+
+    # ---- what is the base optimizer's ----------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's own list, also after loading and adding."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        if value:  # torch.optim.Optimizer.__init__ assigns an empty list
+            self.base_optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's own state."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if value:
+            self.base_optimizer.state = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group to the base optimizer; it may bring its own "rho" and "adaptive".
+
+        Args:
+            param_group: as in `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            RuntimeError: while weights are perturbed.
+            ValueError: as the base does, or for a rho that is negative.
+        """
+        if not self.__dict__.get("_is_built", False):
+            return  # torch.optim.Optimizer.__init__ adds what the base already holds
+        self._require_idle("add_param_group()")
+        if "rho" in param_group:
+            check_rho(param_group["rho"], "add_param_group()")
+        self.base_optimizer.add_param_group(param_group)
+        last = len(self.param_groups) - 1
+        try:
+            self._adopt_group(last)
+            self._served = None
+            self._groups()
+        except BaseException:
+            self.param_groups.pop()
+            self._own_rho.discard(last)
+            self._served = None
+            raise
+
+    def _adopt_group(self, index: int) -> None:
+        group, where = self.param_groups[index], f"param_groups[{index}]"
+        if "rho" in group:
+            self._own_rho.add(index)
+        group.setdefault("rho", self.defaults["rho"])
+        group.setdefault("adaptive", self.defaults["adaptive"])
+        # The step count lives with the base's own scalars, so every kind of checkpoint carries it.
+        group.setdefault("sam_step", self.param_groups[0].get("sam_step", 0))
+        check_rho(group["rho"], where)
+        if group["adaptive"] and not isinstance(self.recipe.metric, Euclidean | Adaptive):
+            raise TypeError(
+                f"{where}: adaptive=True and recipe '{self.recipe.name}' each choose a metric; drop one"
+            )
+
+    # ---- the step ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[..., Any] | None = None) -> Any:
+        """Take one step.
+
+        With a closure: run every pass the recipe needs (gradients are zeroed before each, grad mode
+        is on), descend, and return the first pass's loss. Without: finish what `first_step` or
+        `perturbed` began.
+
+        Args:
+            closure: recomputes the loss, calls backward and returns the loss.
+
+        Returns:
+            What the closure returned in the first pass; None without a closure.
+
+        Raises:
+            RuntimeError: for a step() with nothing pending that would silently not be SAM, or a
+                step(closure) in the middle of a two-step.
+        """
+        if closure is None:
+            if self._phase == _IDLE:
+                self._plain_step()
+            else:
+                self._descend()
+            return None
+        self._require_idle("step(closure)")
+        loss = self._evaluate(closure, probe=0)
+        if self.is_due:
+            self._ascend()
+            try:
+                freeze = nullcontext() if self.model is None else frozen(self.model)
+                with freeze:
+                    self._evaluate(closure, probe=1)
+            except BaseException:
+                self._restore()
+                self._phase = _IDLE
+                raise
+        self._descend()
+        return loss
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Ascent step: perturb the weights along the present gradients.
+
+        Args:
+            zero_grad: clear the gradients afterwards.
+
+        Raises:
+            RuntimeError: if the weights are perturbed already; they stay as they are.
+        """
+        self._require_idle("first_step()")
+        if self.recipe.probe.gradients != 2:
+            raise RuntimeError(
+                f"recipe '{self.recipe.name}' evaluates {self.recipe.probe.gradients} gradients per step and "
+                "needs opt.step(closure); first_step/second_step serve one-probe recipes"
+            )
+        if self.is_due:
+            self._ascend()
+        else:
+            self._phase = _PERTURBED  # nothing moved: the base steps alone on this one
+        if zero_grad:
+            self.zero_grad()
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Descent step: restore the weights and let the base step with the present gradients.
+
+        Args:
+            zero_grad: clear the gradients afterwards.
+
+        Raises:
+            RuntimeError: if no first_step is pending.
+        """
+        if self._phase == _IDLE:
+            raise RuntimeError("second_step(): no first_step() is pending; call first_step() after backward")
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    ascent_step = first_step
+    descent_step = second_step
+
+    @contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """Perturb inside the block and restore at its end, whatever happens in it.
+
+        On entry the weights move along the present gradients, which are then cleared. After a block
+        that ended well, `step()` descends with the gradients computed inside.
+
+        Raises:
+            RuntimeError: if the weights are perturbed already.
+
+        Example:
+            >>> import torch
+            >>> from sam_kernels import SAM
+            >>> w = torch.nn.Parameter(torch.ones(3))
+            >>> opt = SAM([w], torch.optim.SGD, lr=0.1)
+            >>> (w**2).sum().backward()
+            >>> with opt.perturbed():
+            ...     (w**2).sum().backward()
+            >>> opt.step()
+        """
+        self.first_step(zero_grad=True)
+        try:
+            yield
+        except BaseException:
+            self._restore()
+            self._phase = _IDLE
+            raise
+        if self._phase == _PERTURBED:
+            self._restore()
+            self._phase = _RESTORED
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the coming step perturbs, by the recipe's cadence."""
+        return self.recipe.cadence.is_due(self.param_groups[0]["sam_step"])
+
+    def closure_kwargs(self, probe: int) -> dict[str, Any]:
+        """Keywords handed to the closure in pass number `probe` (from 0); override or assign to add some.
+
+        Example:
+            >>> import torch
+            >>> from sam_kernels import SAM
+            >>> opt = SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, lr=0.1)
+            >>> opt.closure_kwargs = lambda probe: {"ddp_sync": probe > 0}
+        """
+        return {}
+
+    def backends(self) -> backends.Report:
+        """What runs where, and why the others were passed over; print it.
+
+        Example:
+            >>> import torch
+            >>> from sam_kernels import SAM
+            >>> opt = SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.RMSprop, lr=0.1)
+            >>> "RMSprop has no fused update" in str(opt.backends())
+            True
+        """
+        lines = [f"recipe '{self.recipe.name}' around {type(self.base_optimizer).__name__}"]
+        for group, backend in self._groups():
+            lines.append(f"{group!r}: {backend.name}")
+            _, refusals = backends.resolve(group, self.backend)
+            lines += [f"  passed over {name}: {sentence}" for name, sentence in refusals.items()]
+        rule, sentence = state.fused_rule(self.base_optimizer)
+        how = "one pass with the restore" if rule else f"restore, then its own step: {sentence}"
+        lines.append(f"base update: {how}")
+        return backends.Report("\n".join(lines))
+
+    # ---- the passes, in the order of a step ----------------------------------------------------
+
+    def _evaluate(self, closure: Callable[..., Any], probe: int) -> Any:
+        self.zero_grad()
+        with torch.enable_grad():
+            return closure(**self.closure_kwargs(probe))
+
+    def _ascend(self) -> None:
+        served = self._groups()
+        for group, _ in served:
+            group.read_gradients()
+        self._write_tables(served)
+        if served:
+            self._measure = perturbation.measure(served, self.recipe)
+            perturbation.perturb(served, self._measure)
+        self._phase = _PERTURBED
+
+    def _restore(self) -> None:
+        if self._served is not None:
+            with torch.no_grad():
+                perturbation.restore(self._served)
+
+    def _descend(self) -> None:
+        """Restore and update; from here on the step either completes or leaves the weights restored."""
+        rule, _ = state.fused_rule(self.base_optimizer)
+        guard = None if self._measure is None else self._measure.norm
+        try:
+            if rule is None:
+                self._restore()
+                if guard is None or bool(torch.isfinite(guard)):
+                    self.base_optimizer.step()
+            else:
+                self._descend_fused(rule, guard)
+        finally:
+            self._restore()
+            self._phase = _IDLE
+            self._measure = None
+        for group in self.param_groups:
+            group["sam_step"] += 1
+
+    def _descend_fused(self, rule: str, guard: Tensor | None) -> None:
+        served = self._perturbed_groups() or self._groups()
+        for group, _ in served:
+            group.read_gradients()
+        self._write_tables(served)
+        for group, backend in served:
+            on_device = None if guard is None else guard.to(group.device)
+            slots = state.slots(self.base_optimizer, group, rule, guard=on_device)
+            if slots is None:
+                continue  # skipped before any state was made; the caller's finally restores
+            backend.descend_(group, rule, slots, guard=on_device)  # type: ignore[arg-type]
+            perturbation.forget(group)
+        # A scheduler on the base looks for this mark, which its wrapper of base.step would have set.
+        self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    def _plain_step(self) -> None:
+        lrs = [group.get("lr") for group in self.param_groups]
+        if all(lr is not None and float(lr) == 0.0 for lr in lrs):
+            # torch's distributed checkpoint asks for a step like this to make the state exist.
+            self.base_optimizer.step()
+            return
+        if not (self.allow_plain_step or not self.is_due):
+            raise RuntimeError(
+                f"step() was called with nothing pending, so it would be a step of "
+                f"{type(self.base_optimizer).__name__} without recipe '{self.recipe.name}'. Call "
+                "step(closure), or first_step() before the second backward; allow_plain_step=True permits "
+                "steps of the base alone"
+            )
+        self._descend()
+
+    # ---- tensor groups -------------------------------------------------------------------------
+
+    def _groups(self) -> Served:
+        """The tensor groups with their backends, rebuilt when parameters were replaced or moved."""
+        layout: list[Any] = [id(p) for group in self.param_groups for p in group["params"]]
+        layout.extend((len(group["params"]), group.get("adaptive")) for group in self.param_groups)
+        if self._served is not None and layout == self._layout:
+            if all(group.is_current() for group, _ in self._served):
+                return self._served
+        groups = collect(self.param_groups, self.recipe, member_lookup(self.param_groups, self.model))
+        if groups and all(metric == FIXED for group in groups for _, metric, _ in group.keys):
+            raise ValueError(
+                f"recipe '{self.recipe.name}' selects none of the parameters; nothing would be perturbed"
+            )
+        self._served = [(group, backends.resolve(group, self.backend)[0]) for group in groups]
+        self._layout = layout
+        return self._served
+
+    def _perturbed_groups(self) -> Served:
+        """All groups as they were perturbed; empty when nothing is perturbed."""
+        served = self._served or []
+        return served if any(group.is_perturbed for group, _ in served) else []
+
+    def _write_tables(self, served: Served) -> None:
+        rule, _ = state.fused_rule(self.base_optimizer)
+        eps = self.recipe.eps
+        per_group = []
+        for index, group in enumerate(self.param_groups):
+            if callable(self.recipe.rho) and index not in self._own_rho:
+                group["rho"] = self.recipe.rho_at(group["sam_step"])
+            rho = group["rho"]
+            check_rho(rho, f"param_groups[{index}]")
+            # Maximizing f is minimizing -f: the worst point of the ball then lies down the gradient.
+            sign = -1.0 if group.get("maximize", False) else 1.0
+            per_group.append((sign * float(rho), eps, *state.scalars(rule, group)))
+        for tensor_group, _ in served:
+            rows = [(float(metric), eta, *per_group[index]) for index, metric, eta in tensor_group.keys]
+            tensor_group.write_table(rows)
+
+    def _require_idle(self, what: str) -> None:
+        if self._phase == _PERTURBED:
+            raise RuntimeError(
+                f"{what}: the weights are perturbed by first_step(); call second_step() or step() first"
+            )
+        if self._phase == _RESTORED and what != "state_dict()":
+            raise RuntimeError(
+                f"{what}: a perturbed() block has ended and its descent is pending; call step()"
+            )
+
+    # ---- checkpoints and copies ----------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state and ours, in torch's own layout; never snapshots.
+
+        A `torch.optim` optimizer of the base's class loads it, and the other way round.
+
+        Raises:
+            RuntimeError: while weights are perturbed.
+        """
+        self._require_idle("state_dict()")
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state_dict = self.base_optimizer.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            result = post_hook(self, state_dict)
+            state_dict = state_dict if result is None else result
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, or a checkpoint of the bare base optimizer.
+
+        Args:
+            state_dict: groups without "rho" or "adaptive" keep the present ones.
+
+        Raises:
+            RuntimeError: while weights are perturbed.
+            ValueError: if the parameter groups do not match.
+        """
+        self._require_idle("load_state_dict()")
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = hook(self, state_dict)
+            state_dict = state_dict if result is None else result
+        kept = [{key: group[key] for key in ("rho", "adaptive")} for group in self.param_groups]
+        own_rho = set(self._own_rho)
+        self.base_optimizer.load_state_dict(state_dict)
+        for index, (group, ours) in enumerate(zip(self.param_groups, kept, strict=True)):
+            for key, value in ours.items():
+                group.setdefault(key, value)
+            self._adopt_group(index)
+        self._own_rho = own_rho  # a loaded value is no wish of the user's to leave the schedule
+        self._served = None
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._require_idle("copying or pickling")
+        kept = dict(self.__dict__)
+        for transient in ("_served", "_layout", "_measure", "step"):
+            kept.pop(transient, None)
+        return kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._served, self._layout, self._measure = None, [], None
+        self._patch_step_function()
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1].rstrip()}\nRecipe: {self.recipe.name}\n)"

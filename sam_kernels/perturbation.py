@@ -1,0 +1,125 @@
+"""Ascent: measure the norm over all tensor groups, then perturb them. Nothing here reads the host."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import Backend
+from .policies import LayerWise
+from .recipe import Recipe
+from .tensor_groups import TensorGroup
+
+Served = list[tuple[TensorGroup, Backend]]
+
+
+@dataclass
+class Measure:
+    """What `perturb` needs to know of the gradients; scalars are 0-d float64 tensors.
+
+    Attributes:
+        norm: the denominator of the perturbation; not finite when any gradient is not.
+        arguments: per group, the keywords of `Backend.perturb_`.
+    """
+
+    norm: Tensor
+    arguments: list[dict[str, Any]]
+
+
+def measure(served: Served, recipe: Recipe) -> Measure:
+    """The norm of the recipe over all groups together; reads, never writes.
+
+    Args:
+        served: tensor groups with their backends, gradients read.
+        recipe: its metric says which norm.
+    """
+    metric = recipe.metric
+    if isinstance(metric, LayerWise):
+        return _measure_layers(served, metric, recipe.eps)
+    if metric.p == 2:
+        norm = _total([backend.sq_norm(group) for group, backend in served]).sqrt()
+        return Measure(norm, [{} for _ in served])
+    if math.isinf(metric.p):
+        # The sign needs no norm; the pass is made for its finite check, see promise 3 in the tests.
+        norm = _total([backend.sq_norm(group) for group, backend in served]).sqrt()
+        return Measure(norm, [{"shape": "sign"} for _ in served])
+    q = metric.dual
+    peak = _largest([backend.sq_norm(group, moment="peak") for group, backend in served])
+    peaks = [peak.to(group.device) for group, _ in served]
+    sums = [
+        backend.sq_norm(group, moment="power", q=q, peak=on_device)
+        for (group, backend), on_device in zip(served, peaks, strict=True)
+    ]
+    # Dividing by the peak keeps the powers in range; eq. 2 of Foret et al. does not change under scaling.
+    norm = _total(sums) ** (1.0 / metric.p)
+    return Measure(norm, [{"shape": "powered", "q": q, "peak": on_device} for on_device in peaks])
+
+
+def perturb(served: Served, found: Measure) -> None:
+    """Snapshot and perturb every group; if one fails, those already perturbed are restored.
+
+    Args:
+        served: the groups `found` was measured on.
+        found: the result of `measure`.
+    """
+    try:
+        for (group, backend), arguments in zip(served, found.arguments, strict=True):
+            group.take_snapshots()
+            group.is_perturbed = True
+            backend.perturb_(group, found.norm.to(group.device), **arguments)
+    except BaseException:
+        restore(served)
+        raise
+
+
+def restore(served: Served) -> None:
+    """Copy the snapshots back, bit for bit, and forget them."""
+    for group, backend in served:
+        if group.is_perturbed:
+            backend.restore_(group)
+            forget(group)
+
+
+def forget(group: TensorGroup) -> None:
+    """The weights of the group are no longer perturbed."""
+    group.is_perturbed = False
+    group.drop_snapshots()
+
+
+def _measure_layers(served: Served, metric: LayerWise, eps: float) -> Measure:
+    grad_sqs = [backend.sq_norm(group, per_tensor=True) for group, backend in served]
+    weight_sqs = [backend.sq_norm(group, of="weight", per_tensor=True) for group, backend in served]
+    parts = [
+        (metric.norm_weights(weight_sq, group.applies()) * grad_sq).sum()
+        for (group, _), weight_sq, grad_sq in zip(served, weight_sqs, grad_sqs, strict=True)
+    ]
+    norm = _total(parts).sqrt()
+    return Measure(
+        norm,
+        [
+            {
+                "tensor_scale": metric.tensor_scale(
+                    weight_sq, grad_sq, group.applies(), norm.to(group.device), eps
+                )
+            }
+            for (group, _), weight_sq, grad_sq in zip(served, weight_sqs, grad_sqs, strict=True)
+        ],
+    )
+
+
+def _total(sums: list[Tensor]) -> Tensor:
+    total = sums[0]
+    for part in sums[1:]:
+        total = total + part.to(total.device)
+    return total
+
+
+def _largest(peaks: list[Tensor]) -> Tensor:
+    largest = peaks[0]
+    for peak in peaks[1:]:
+        largest = torch.maximum(largest, peak.to(largest.device))
+    return largest

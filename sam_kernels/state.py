@@ -1,0 +1,168 @@
+"""Which base optimizers are fused with the restore, and their state in torch's own layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from .tensor_groups import TensorGroup
+
+# Flags under which torch's own step differs from what `descend_` computes.
+_UNFUSED_FLAGS = ("amsgrad", "capturable", "differentiable")
+
+
+def fused_rule(base: Optimizer) -> tuple[str | None, str]:
+    """The rule of `descend_` that equals the base optimizer's step, and a sentence about the choice.
+
+    Returns:
+        ``("sgd" | "adam", "")``, or ``(None, why the base steps by itself)``.
+    """
+    kind = type(base)
+    name = kind.__name__
+    if kind is SGD:
+        rule = "sgd"
+    elif kind in (Adam, AdamW):
+        rule = "adam"
+    else:
+        return None, f"{name} has no fused update"
+    for flag in _UNFUSED_FLAGS:
+        if any(group.get(flag, False) for group in base.param_groups):
+            return None, f"{name}({flag}=True) has no fused update"
+    step = base.__dict__.get("step")
+    if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
+        return None, f"the step of this {name} was replaced on the instance"
+    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
+        return None, f"step hooks are registered on the {name} itself"
+    return rule, ""
+
+
+def scalars(rule: str | None, group: dict[str, Any]) -> tuple[float, ...]:
+    """The base optimizer's columns of the table (LR ... DECOUPLED) from one param group."""
+    if rule is None:
+        return ()
+    shared = (_number(group["lr"]), _number(group["weight_decay"]), float(bool(group["maximize"])))
+    if rule == "sgd":
+        return (
+            *shared,
+            _number(group["momentum"]),
+            _number(group["dampening"]),
+            float(bool(group["nesterov"])),
+        )
+    beta1, beta2 = group["betas"]
+    decoupled = group.get("decoupled_weight_decay", False)
+    return (
+        *shared,
+        0.0,
+        0.0,
+        0.0,
+        _number(beta1),
+        _number(beta2),
+        _number(group["eps"]),
+        float(bool(decoupled)),
+    )
+
+
+def slots(
+    base: Optimizer, group: TensorGroup, rule: str, guard: Tensor | None = None
+) -> dict[str, list[Any]] | None:
+    """The base optimizer's state tensors parallel to ``group.params``, created as torch would.
+
+    Only tensors with a gradient get state, as in `torch.optim`. "fresh" marks momentum buffers that
+    were just allocated and still have to take the gradient.
+
+    Args:
+        guard: the norm; where it is not finite the step is skipped and must create no state.
+
+    Returns:
+        The lists by name, or None when state would have to be created for a step that is skipped.
+    """
+    find = _momentum if rule == "sgd" else _moments
+    return find(base, group, guard)
+
+
+def _is_skipped(guard: Tensor | None) -> bool:
+    """Reads the host, so it is asked only when state is about to be created."""
+    return guard is not None and not bool(torch.isfinite(guard))
+
+
+def _momentum(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict[str, list[Any]] | None:
+    state = base.state
+    with_momentum = [base.param_groups[key[0]]["momentum"] != 0 for key in group.keys]
+    if not any(with_momentum):
+        return {"momentum_buffer": [None] * len(group.params), "fresh": []}
+    # state.get, not state[...]: a defaultdict would grow entries for parameters without gradients.
+    buffers = [
+        None if grad is None else state.get(param, _NOTHING).get("momentum_buffer")
+        for param, grad in zip(group.params, group.grads, strict=True)
+    ]
+    fresh: list[bool] = []
+    for t, (buffer, grad) in enumerate(zip(buffers, group.grads, strict=True)):
+        if buffer is None and grad is not None and with_momentum[group.row[t]]:
+            if not fresh:
+                if _is_skipped(guard):
+                    return None
+                fresh = [False] * len(buffers)
+            fresh[t] = True
+            buffers[t] = _empty_like(group.params[t])
+            state[group.params[t]]["momentum_buffer"] = buffers[t]
+    if not all(with_momentum):
+        buffers = [buffer if with_momentum[r] else None for buffer, r in zip(buffers, group.row, strict=True)]
+    _fit(base, group, "momentum_buffer", buffers)
+    return {"momentum_buffer": buffers, "fresh": fresh}
+
+
+def _moments(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict[str, list[Any]] | None:
+    state = base.state
+    entries = []
+    creates = False
+    for param, grad in zip(group.params, group.grads, strict=True):
+        if grad is None:
+            entries.append(_NOTHING)
+            continue
+        entry = state.get(param, _NOTHING)
+        if "step" not in entry:
+            if not creates and _is_skipped(guard):
+                return None
+            creates = True
+            entry = state[param]
+            entry["step"] = torch.tensor(0.0, dtype=torch.float32)
+            entry["exp_avg"] = torch.zeros_like(param, requires_grad=False)
+            entry["exp_avg_sq"] = torch.zeros_like(param, requires_grad=False)
+        elif entry["step"].dtype != torch.float32:
+            # torch counts in float64 under that default dtype; float32 counts as far as 16 million.
+            entry["step"] = entry["step"].float()
+        entries.append(entry)
+    moments = {name: [entry.get(name) for entry in entries] for name in ("exp_avg", "exp_avg_sq", "step")}
+    _fit(base, group, "exp_avg", moments["exp_avg"])
+    _fit(base, group, "exp_avg_sq", moments["exp_avg_sq"])
+    return moments
+
+
+def _fit(base: Optimizer, group: TensorGroup, name: str, tensors: list[Any]) -> None:
+    """Re-order state that a checkpoint brought in other strides or dtype, once per set of tensors."""
+    identities = list(map(id, tensors))
+    if group.cache.get(f"fitted {name}") == identities:
+        return
+    for t, tensor in enumerate(tensors):
+        param = group.params[t]
+        if tensor is None or (tensor.stride() == param.stride() and tensor.dtype == param.dtype):
+            continue
+        tensors[t] = _empty_like(param).copy_(tensor)
+        base.state[param][name] = tensors[t]
+    # Ids alone could be reused after a free; holding the tensors keeps them honest.
+    group.cache[f"fitted {name}"] = list(map(id, tensors))
+    group.cache[f"held {name}"] = list(tensors)
+
+
+def _empty_like(param: Tensor) -> Tensor:
+    return torch.empty_like(param, requires_grad=False)
+
+
+def _number(value: Any) -> float:
+    return float(value)
+
+
+_NOTHING: dict[str, Any] = {}

@@ -1,0 +1,274 @@
+"""Parameters sorted into lists that one launch can serve: same device, same dtype, dense or not.
+
+Param groups do not split a list: each tensor names its row in a small table of scalars, so a model
+with thirty param groups still takes one launch per pass.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .policies import Adaptive, Member, Metric
+from .recipe import Recipe
+
+
+class Column(IntEnum):
+    """Columns of the table of scalars; `enum samk_column` of csrc/ops/sam_kernels.h, name by name."""
+
+    METRIC = 0
+    ETA = 1
+    RHO = 2
+    EPS = 3
+    LR = 4
+    WEIGHT_DECAY = 5
+    MAXIMIZE = 6
+    MOMENTUM = 7
+    DAMPENING = 8
+    NESTEROV = 9
+    BETA1 = 10
+    BETA2 = 11
+    ADAM_EPS = 12
+    DECOUPLED = 13
+
+
+COLUMNS = 16
+
+# `enum samk_metric`
+FIXED, EUCLIDEAN, ADAPTIVE = 0, 1, 2
+
+_get_dtype = operator.attrgetter("dtype")
+
+# Snapshots start on cache-line boundaries, so that streaming stores can be used on all of them.
+_ALIGN_BYTES = 64
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory without gaps or overlaps, in any order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+class TensorGroup:
+    """Parallel lists over the parameters of one device and dtype, and what the passes need of them.
+
+    Args:
+        params: leaf tensors of one device and dtype.
+        row: per tensor, its row of `table`.
+        keys: per row, ``(index of the param group, metric code, eta)``.
+        applies: per tensor, whether the metric's T differs from 1 (layer-wise metrics read it).
+        dense: whether every parameter fills its memory block (see `is_dense`).
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        row: list[int],
+        keys: list[tuple[int, int, float]],
+        applies: list[bool] | None = None,
+        dense: bool = True,
+    ) -> None:
+        self.params = params
+        self.row = row
+        self.keys = keys
+        self.dense = dense
+        self.device = params[0].device
+        self.dtype = params[0].dtype
+        self.table = torch.zeros(len(keys), COLUMNS, dtype=torch.float64, device=self.device)
+        self.grads: list[Tensor | None] = [None] * len(params)
+        self.snapshots: list[Tensor | None] = [None] * len(params)
+        self.cache: dict[str, Any] = {}
+        self.is_perturbed = False
+        self._applies = applies if applies is not None else [True] * len(params)
+        self._applies_tensor: Tensor | None = None
+        self._buffers: list[Tensor | None] = [None] * len(params)
+        self._written: list[tuple[float, ...]] | None = None
+        self._addresses = list(map(Tensor.data_ptr, params))
+        self._layout = [(p.device, p.dtype, p.shape, p.stride()) for p in params]
+        self._all_contiguous = all(p.is_contiguous() for p in params)
+        self._participates = [keys[r][1] != FIXED for r in row]
+        self._all_participate = all(self._participates)
+
+    def __repr__(self) -> str:
+        count = len(self.params)
+        return f"{count} {str(self.dtype)[6:]} tensor{'s' if count != 1 else ''} on {self.device}"
+
+    def is_current(self) -> bool:
+        """Whether the parameters still have the device, dtype and strides the group was built for."""
+        addresses = list(map(Tensor.data_ptr, self.params))
+        if addresses == self._addresses:
+            return True
+        layout = [(p.device, p.dtype, p.shape, p.stride()) for p in self.params]
+        if layout != self._layout:
+            return False
+        self._addresses = addresses
+        return True
+
+    # ---- scalars -------------------------------------------------------------------------------
+
+    def write_table(self, rows: list[tuple[float, ...]]) -> None:
+        """Write the rows (one tuple of at most 16 floats each) if any value changed since last time."""
+        if rows == self._written:
+            return
+        padded = [[*values, *[0.0] * (COLUMNS - len(values))] for values in rows]
+        self.table.copy_(torch.tensor(padded, dtype=torch.float64))
+        self._written = rows
+
+    def applies(self) -> Tensor:
+        """[count] float64 on the device: 1 where the metric's T differs from 1."""
+        if self._applies_tensor is None:
+            flags = [float(flag) for flag in self._applies]
+            self._applies_tensor = torch.tensor(flags, dtype=torch.float64, device=self.device)
+        return self._applies_tensor
+
+    # ---- gradients -----------------------------------------------------------------------------
+
+    def read_gradients(self) -> None:
+        """Take the present gradients; where needed densify, cast or re-order them to fit the weights."""
+        grads = [p.grad for p in self.params]
+        present = [g for g in grads if g is not None] if _has_none(grads) else grads
+        fits = self._all_contiguous and _are_plain(present, self.dtype)  # type: ignore[arg-type]
+        if not fits:
+            grads = [None if g is None else _fitted(g, p) for g, p in zip(grads, self.params, strict=True)]
+        self.grads = grads
+
+    # ---- snapshots -----------------------------------------------------------------------------
+
+    def take_snapshots(self) -> None:
+        """Hand a buffer to every tensor that is about to be perturbed, and None to the others.
+
+        Buffers are allocated the first time a tensor needs one and keep their storage afterwards.
+        """
+        everything = self._all_participate and not _has_none(self.grads)
+        if everything and not _has_none(self._buffers):
+            self.snapshots = list(self._buffers)
+            return
+        chosen = [
+            takes_part and grad is not None
+            for takes_part, grad in zip(self._participates, self.grads, strict=True)
+        ]
+        missing = [t for t, take in enumerate(chosen) if take and self._buffers[t] is None]
+        if missing:
+            self._allocate(missing)
+        self.snapshots = [
+            buffer if take else None for take, buffer in zip(chosen, self._buffers, strict=True)
+        ]
+
+    def drop_snapshots(self) -> None:
+        """Forget which tensors were perturbed; the buffers stay for the next step."""
+        self.snapshots = [None] * len(self.params)
+
+    def _allocate(self, indices: list[int]) -> None:
+        """One block for all new buffers: thousands of small allocations would cost more than the pass."""
+        if not self.dense:
+            for t in indices:
+                self._buffers[t] = torch.empty_like(self.params[t], requires_grad=False)
+            return
+        quantum = _ALIGN_BYTES // self.params[0].element_size()
+        offsets, total = [], 0
+        for t in indices:
+            offsets.append(total)
+            total += -(-self.params[t].numel() // quantum) * quantum
+        block = torch.empty(total, dtype=self.dtype, device=self.device)
+        for t, offset in zip(indices, offsets, strict=True):
+            p = self.params[t]
+            self._buffers[t] = block.as_strided(p.size(), p.stride(), offset)
+
+
+_NONE = id(None)
+
+
+def _has_none(items: list[Any]) -> bool:
+    """``None in items`` by identity: tensors overload ==, and thousands of them would take a while."""
+    return _NONE in set(map(id, items))
+
+
+def _are_plain(grads: list[Tensor], dtype: torch.dtype) -> bool:
+    """Whether all are strided, contiguous and of that dtype, asked without a Python loop."""
+    # A sparse tensor answers False here too.
+    return all(map(Tensor.is_contiguous, grads)) and not set(map(_get_dtype, grads)) - {dtype}
+
+
+def _fitted(grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient as a dense tensor with the dtype and the strides of its parameter."""
+    if grad.layout != torch.strided:
+        grad = grad.to_dense()
+    if grad.dtype == param.dtype and (grad.stride() == param.stride() or grad.numel() <= 1):
+        return grad
+    return torch.empty_like(param, requires_grad=False).copy_(grad)
+
+
+def collect(
+    param_groups: list[dict[str, Any]],
+    recipe: Recipe,
+    member_of: Callable[[Tensor], Member],
+) -> list[TensorGroup]:
+    """Sort the parameters of an optimizer into tensor groups.
+
+    Args:
+        param_groups: as `torch.optim` keeps them; a group's "adaptive" adds ``T = |w|`` to it.
+        recipe: decides participation (mask) and metric per tensor.
+        member_of: what is known about a parameter.
+
+    Raises:
+        ValueError: if a parameter is complex, sparse or not a plain tensor, or the mask cannot decide.
+    """
+    lists: dict[tuple[Any, ...], tuple[list[Tensor], list[int], list[Any], list[bool]]] = {}
+    seen: set[int] = set()
+    for index, group in enumerate(param_groups):
+        for position, param in enumerate(group["params"]):
+            _check_parameter(param, index, position)
+            if id(param) in seen:
+                continue  # torch.optim only warns about duplicates; perturbing twice would be wrong
+            seen.add(id(param))
+            member = member_of(param)
+            dense = is_dense(param)
+            params, row, keys, applies = lists.setdefault(
+                (param.device, param.dtype, dense), ([], [], [], [])
+            )
+            key = (index, *_metric_of(recipe, group, member))
+            if key not in keys:
+                keys.append(key)
+            params.append(param)
+            row.append(keys.index(key))
+            applies.append(recipe.metric.applies_to(member))
+    return [
+        TensorGroup(params, row, keys, applies, dense)
+        for (_, _, dense), (params, row, keys, applies) in lists.items()
+    ]
+
+
+def _metric_of(recipe: Recipe, group: dict[str, Any], member: Member) -> tuple[int, float]:
+    refusal = recipe.mask.refusal(member)
+    if refusal is not None:
+        raise ValueError(f"recipe '{recipe.name}': {refusal}")
+    if not recipe.mask.selects(member):
+        return FIXED, 0.0
+    metric: Metric = recipe.metric
+    if isinstance(metric, Adaptive):
+        return (ADAPTIVE, metric.eta) if metric.applies_to(member) else (EUCLIDEAN, 0.0)
+    return (ADAPTIVE, 0.0) if group.get("adaptive", False) else (EUCLIDEAN, 0.0)
+
+
+def _check_parameter(param: Tensor, index: int, position: int) -> None:
+    where = f"param_groups[{index}]['params'][{position}]"
+    if param.is_complex():
+        raise ValueError(
+            f"{where} is {param.dtype}; sharpness-aware minimization of complex parameters is not defined "
+            "here. Give the optimizer torch.view_as_real of it"
+        )
+    if not param.is_floating_point():
+        raise ValueError(f"{where} is {param.dtype}; expected a floating-point parameter")
+    if param.layout != torch.strided:
+        raise ValueError(f"{where} has layout {param.layout}; expected a dense parameter")

@@ -1,0 +1,250 @@
+"""Mistakes other implementations make, each with its own test."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from fixtures import assert_close, backward_of, base_state, every_backend, same_bits, small_net, values
+from torch.nn import Parameter
+
+from sam_kernels import SAM, recipes, running_stats
+
+
+def parameters(*numbers: float, dtype=torch.float32) -> list[Parameter]:
+    return [Parameter(torch.tensor([n], dtype=dtype)) for n in numbers]
+
+
+@every_backend
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_gradient_in_pass_one_only_is_restored(base, backend):
+    a, b = parameters(1.0, 2.0)
+    opt = SAM([a, b], base, rho=0.5, backend=backend, lr=0.1)
+    a.grad, b.grad = torch.ones(1), torch.ones(1)
+    opt.first_step(zero_grad=True)
+    assert float(a) > 1.0
+    b.grad = torch.ones(1)
+    opt.second_step(zero_grad=True)
+    assert float(a) == 1.0
+    assert float(b) < 2.0
+
+
+@every_backend
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_gradient_in_pass_two_only_is_updated_and_not_restored(base, backend):
+    a, b = parameters(1.0, 2.0)
+    opt = SAM([a, b], base, rho=0.5, backend=backend, lr=0.1)
+    a.grad = torch.ones(1)
+    opt.first_step(zero_grad=True)
+    with torch.no_grad():
+        b.fill_(5.0)  # whoever wrote it, it was never perturbed
+    a.grad, b.grad = torch.ones(1), torch.ones(1)
+    opt.second_step(zero_grad=True)
+    assert 3.9 < float(b) < 5.0  # RMSprop's first step is ten times its lr
+    assert float(a) < 1.0
+
+
+@every_backend
+def test_stale_snapshots_are_never_used_in_a_later_step(backend):
+    a, b = parameters(1.0, 2.0)
+    opt = SAM([a, b], torch.optim.SGD, rho=0.5, backend=backend, lr=0.1)
+    a.grad, b.grad = torch.ones(1), torch.ones(1)
+    opt.first_step(zero_grad=True)
+    a.grad, b.grad = torch.ones(1), torch.ones(1)
+    opt.second_step(zero_grad=True)
+    with torch.no_grad():
+        a.fill_(7.0)
+    b.grad = torch.ones(1)
+    opt.first_step(zero_grad=True)
+    assert float(a) == 7.0
+    a.grad, b.grad = torch.ones(1), torch.ones(1)
+    opt.second_step(zero_grad=True)
+    torch.testing.assert_close(float(a), 6.9)
+
+
+@every_backend
+@pytest.mark.parametrize("p", [2.0, float("inf"), 1.5, 4.0])
+def test_zero_gradient_gives_zero_and_not_nan(p, backend):
+    (w,) = parameters(1.0)
+    opt = SAM([w], torch.optim.SGD, recipe=recipes.sam(p=p), backend=backend, lr=0.1)
+    w.grad = torch.zeros(1)
+    opt.first_step()
+    assert float(w) == 1.0
+
+
+@every_backend
+def test_zero_weights_under_the_adaptive_metric_give_zero_and_not_nan(backend):
+    w = Parameter(torch.zeros(3))
+    opt = SAM([w], torch.optim.SGD, rho=0.5, adaptive=True, backend=backend, lr=0.1)
+    w.grad = torch.ones(3)
+    opt.first_step()
+    assert torch.equal(w, torch.zeros(3))
+
+
+@every_backend
+def test_all_gradients_missing_is_no_error(backend):
+    (w,) = parameters(1.0)
+    opt = SAM([w], torch.optim.SGD, backend=backend, lr=0.1)
+    opt.first_step()
+    opt.second_step()
+    opt.step(lambda: torch.tensor(0.0))
+    assert float(w) == 1.0
+
+
+@every_backend
+def test_a_pointer_to_a_parameter_stays_valid(backend):
+    w = Parameter(torch.ones(4))
+    view, address = w.data.view(2, 2), w.data_ptr()
+    opt = SAM([w], torch.optim.SGD, rho=0.5, backend=backend, lr=0.1)
+    for _ in range(3):
+        w.grad = torch.ones(4)
+        opt.first_step()
+        assert torch.equal(view.reshape(4), w.data)
+        opt.second_step()
+        assert torch.equal(view.reshape(4), w.data)
+        assert w.data_ptr() == address
+
+
+@every_backend
+def test_ten_thousand_restores_do_not_drift(backend):
+    w = Parameter(torch.randn(10_000, generator=torch.Generator().manual_seed(0)))
+    before = values([w])
+    opt = SAM([w], torch.optim.SGD, backend=backend, lr=0.0)
+    for seed in range(10):
+        w.grad = torch.randn(10_000, generator=torch.Generator().manual_seed(seed))
+        opt.first_step()
+        opt.second_step()
+    assert same_bits([w], before)
+
+
+@every_backend
+def test_bfloat16_perturbation_is_computed_in_float32(backend):
+    # rho * g / ||g|| of each element is 1/64: two thirds of an ulp at 1, lost if e were rounded before it is added
+    w = Parameter(torch.full((256,), 1.0, dtype=torch.bfloat16))
+    opt = SAM([w], torch.optim.SGD, rho=0.09375, backend=backend, lr=0.1)
+    w.grad = torch.ones_like(w)
+    opt.first_step()
+    expected = (torch.ones(256) + 0.09375 / 16).to(torch.bfloat16)
+    assert torch.equal(w.detach(), expected)
+
+
+@every_backend
+@pytest.mark.parametrize("size", [6e-8, 1e-4, 60000.0])
+def test_float16_gradients_of_any_size_give_the_same_perturbation(size, backend):
+    w = Parameter(torch.zeros(300, dtype=torch.float16))
+    opt = SAM([w], torch.optim.SGD, rho=1.0, backend=backend, lr=0.1)
+    w.grad = torch.full_like(w, size)
+    opt.first_step()
+    assert_close([w], [torch.full((300,), 300**-0.5)], 1e-3)
+
+
+@every_backend
+@pytest.mark.parametrize("size", [1e-18, 1e18])
+@pytest.mark.parametrize("p", [2.0, 4.0])
+def test_float32_gradients_at_the_edge_of_the_range(size, p, backend):
+    # 1e18 squared is beyond float32 when four are summed to the fourth power; 1e-18 squared vanishes
+    w = Parameter(torch.zeros(64))
+    eps_free = recipes.sam(rho=1.0, p=p)
+    opt = SAM([w], torch.optim.SGD, recipe=eps_free, backend=backend, lr=0.1)
+    w.grad = torch.full((64,), size)
+    opt.first_step()
+    expected = 64.0 ** (-1.0 / p)
+    if size > 1:
+        assert_close([w], [torch.full((64,), expected)], 1e-5)
+    else:
+        # the guard against zero may shrink e, never blow it up
+        assert bool(torch.isfinite(w).all())
+        assert float(w.max()) <= expected * (1 + 1e-5)
+
+
+def test_batch_statistics_stay_those_of_pass_one():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    once = copy.deepcopy(model)
+    x = torch.randn(8, 3)
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1)
+    model(x).pow(2).mean().backward()
+    opt.first_step(zero_grad=True)
+    with running_stats.frozen(model):
+        model(x).pow(2).mean().backward()
+    opt.second_step()
+    once(x)
+    assert same_bits(model[1].buffers(), once[1].buffers())
+
+
+def test_random_streams_advance_as_the_closure_asks():
+    # a fresh dropout mask in each pass: the optimizer itself draws nothing
+    w = Parameter(torch.ones(100))
+    opt = SAM([w], torch.optim.SGD, lr=0.1)
+    masks = []
+
+    def closure():
+        masks.append(torch.rand(4))
+        loss = (w**2).sum()
+        loss.backward()
+        return loss
+
+    torch.manual_seed(5)
+    opt.step(closure)
+    after = torch.rand(4)
+    torch.manual_seed(5)
+    expected = [torch.rand(4) for _ in range(3)]
+    assert same_bits([*masks, after], expected)
+
+
+def test_checkpoint_holds_base_state_and_no_snapshots():
+    model = small_net()
+    opt = SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    opt.step(backward_of(model, torch.ones(2, 5, dtype=torch.float64)))
+    state = opt.state_dict()["state"]
+    assert {key for slots in state.values() for key in slots} == {"momentum_buffer"}
+    assert len(state) == len(list(model.parameters()))
+
+
+@every_backend
+def test_forgotten_zero_grad_between_passes_accumulates_in_the_two_step_form_only(backend):
+    a, b = Parameter(torch.zeros(1)), Parameter(torch.zeros(1))
+    for w, form in ((a, "two-step"), (b, "closure")):
+        opt = SAM([w], torch.optim.SGD, rho=0.0, backend=backend, lr=1.0)
+
+        def closure(w=w):
+            loss = w.sum()
+            loss.backward()
+            return loss
+
+        if form == "closure":
+            opt.step(closure)
+        else:
+            closure()
+            opt.first_step()  # the caller did not ask for zero_grad
+            closure()
+            opt.second_step()
+    assert float(a) == -2.0
+    assert float(b) == -1.0
+
+
+@every_backend
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_sparse_gradients_equal_dense_ones(base, adaptive, backend):
+    indices = torch.tensor([1, 3, 3, 5])  # a repeated row: uncoalesced values must be summed first
+    trained = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        table = torch.nn.Embedding(7, 3, sparse=sparse)
+        head = torch.nn.Linear(3, 1)
+        weights = [*table.parameters(), *head.parameters()]
+        opt = SAM(weights, base, rho=0.5, adaptive=adaptive, backend=backend, lr=0.1)
+        stops = []
+        for _ in range(2):
+
+            def closure(table=table, head=head, weights=weights, stops=stops):
+                stops.append(values(weights))
+                loss = head(table(indices)).pow(2).sum()
+                loss.backward()
+                return loss
+
+            opt.step(closure)
+        trained.append([t for stop in stops for t in stop] + values(weights) + base_state(opt))
+    assert_close(trained[1], trained[0], 1e-6)
