@@ -72,9 +72,13 @@ class Plan {
   // note: [addresses]
   // Gradients are new tensors after every backward, so each pass reads its addresses again, by
   // Tensor.data_ptr through vectorcall: well below 100 ns a tensor, and no torch symbol is needed.
-  // What cannot change while the tensor group lives (dtype, size, strides of parameters, gradients
-  // and snapshots) is not checked again; lists that come from elsewhere name the dtype they must have.
-  void point(int slot, const char* list, const py::list& tensors, int dtype, const py::object& must_be) {
+  // What the tensor group vouches for (dtype, size and strides of parameters, gradients, snapshots)
+  // is not checked again. Lists from elsewhere name the dtype they must have; state, whose tensors
+  // are the same for many steps, is held on to and checked only where a tensor is new.
+  //
+  // Returns how many entries are not None.
+  std::size_t point(int slot, const char* list, const py::list& tensors, int dtype, const py::object& must_be,
+                    bool hold) {
     if (slot < 0 || slot >= kSlots) throw std::invalid_argument("Plan.point: no such slot");
     if (tensors.size() != numel_.size()) {
       throw std::invalid_argument(std::string(list) + " has " + std::to_string(tensors.size()) +
@@ -83,6 +87,8 @@ class Plan {
     Table& table = tables_[slot];
     table.dtype = dtype;
     table.data.resize(numel_.size());
+    if (hold) table.held.resize(numel_.size());
+    std::size_t present = 0;
     for (std::size_t t = 0; t < numel_.size(); ++t) {
       PyObject* tensor = PyList_GetItem(tensors.ptr(), static_cast<Py_ssize_t>(t));
       if (tensor == nullptr) throw py::error_already_set();
@@ -91,7 +97,10 @@ class Plan {
         continue;
       }
       const std::int64_t numel = slot == kSteps ? 1 : numel_[t];
-      if (!must_be.is_none()) check_tensor(list, t, tensor, numel, must_be);
+      if (!must_be.is_none() && !(hold && table.held[t].ptr() == tensor)) {
+        check_tensor(list, t, tensor, numel, must_be);
+        if (hold) table.held[t] = py::reinterpret_borrow<py::object>(tensor);
+      }
       void* data = PyLong_AsVoidPtr(call(tensor, names().data_ptr).ptr());
       if (data == nullptr) {
         if (PyErr_Occurred()) throw py::error_already_set();
@@ -103,14 +112,25 @@ class Plan {
         data = &nothing;
       }
       table.data[t] = data;
+      ++present;
     }
+    return present;
+  }
+
+  // Whether any tensor is measured by its own size, so that sq_norm reads the parameters too.
+  bool is_adaptive(std::uintptr_t table) const {
+    const double* rows = at<const double>(table);
+    for (std::int32_t r : row_) {
+      if (rows[r * SAMK_COLUMNS + SAMK_METRIC] == SAMK_ADAPTIVE) return true;
+    }
+    return false;
   }
 
   void sq_norm(std::uintptr_t table, int moment, double q, std::uintptr_t peak, std::uintptr_t out,
                std::uintptr_t per_tensor) const {
     samk_sq_norm_args args{};
     args.grads = list(kGrads);
-    args.params = list(kParams);
+    if (is_adaptive(table)) args.params = list(kParams);
     args.row = row_.data();
     args.table = at<const double>(table);
     args.moment = moment;
@@ -122,11 +142,7 @@ class Plan {
   }
 
   void perturb(std::uintptr_t table, int shape, double q, std::uintptr_t peak, std::uintptr_t norm,
-               std::uintptr_t tensor_scale) {
-    // Only tensors that were handed a snapshot buffer are perturbed.
-    for (std::size_t t = 0; t < numel_.size(); ++t) {
-      if (tables_[kSnapshots].data[t] == nullptr) tables_[kGrads].data[t] = nullptr;
-    }
+               std::uintptr_t tensor_scale) const {
     samk_perturb_args args{};
     args.params = list(kParams);
     args.grads = list(kGrads);
@@ -200,6 +216,7 @@ class Plan {
  private:
   struct Table {
     std::vector<void*> data;
+    std::vector<py::object> held;
     std::int32_t dtype = SAMK_F32;
   };
 
@@ -308,7 +325,8 @@ PYBIND11_MODULE(_native, m) {
         return new Plan(std::move(sizes), std::move(rows));
       }))
       .def("point", &Plan::point, py::arg("slot"), py::arg("name"), py::arg("tensors"), py::arg("dtype"),
-           py::arg("must_be") = py::none())
+           py::arg("must_be") = py::none(), py::arg("hold") = false)
+      .def("is_adaptive", &Plan::is_adaptive)
       .def("sq_norm", &Plan::sq_norm)
       .def("perturb", &Plan::perturb)
       .def("restore", &Plan::restore)

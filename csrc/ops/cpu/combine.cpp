@@ -20,22 +20,14 @@ struct Sum {
     term[terms++] = {static_cast<S>(coefficient)};
   }
 
-  template <int kTerms, class Part>
+  // A loop over one to three terms costs nothing beside their reads.
+  template <class Part>
   SAMK_INLINE auto at(int64_t i, Part part) const {
     using V = typename Opmath<T>::V;
-    V sum(S(0));
-    if constexpr (kTerms > 0) sum = term[0].first(part.get(list[0] + i));
-    for (int k = 1; k < kTerms; ++k) sum = term[k].next(sum, part.get(list[k] + i));
+    if (terms == 0) return V(S(0));
+    V sum = term[0].first(part.get(list[0] + i));
+    for (int k = 1; k < terms; ++k) sum = term[k].next(sum, part.get(list[k] + i));
     return sum;
-  }
-
-  // Calls run with the number of terms as a constant.
-  template <class Run>
-  void with_terms(Run run) const {
-    if (terms == 0) run(std::integral_constant<int, 0>{});
-    if (terms == 1) run(std::integral_constant<int, 1>{});
-    if (terms == 2) run(std::integral_constant<int, 2>{});
-    if (terms == 3) run(std::integral_constant<int, 3>{});
   }
 };
 
@@ -70,23 +62,17 @@ int combine(const samk_plan& plan, const samk_combine_args& a) {
       }
       if (outs == 0) return;
       if (outs == 1) {
-        sum[0].with_terms([&](auto terms) {
-          sweep_streaming(chunk.size, streaming, [&](int64_t i, auto part, auto stream) {
-            part.put(out[0] + i, sum[0].template at<decltype(terms)::value>(i, part), stream);
-          });
+        sweep_streaming(chunk.size, streaming, [&](int64_t i, auto part, auto stream) {
+          part.put(out[0] + i, sum[0].at(i, part), stream);
         });
         return;
       }
-      sum[0].with_terms([&](auto terms0) {
-        sum[1].with_terms([&](auto terms1) {
-          sweep_streaming(chunk.size, streaming, [&](int64_t i, auto part, auto stream) {
-            // Both sums before either store: an output may be one of the lists.
-            const auto x = sum[0].template at<decltype(terms0)::value>(i, part);
-            const auto y = sum[1].template at<decltype(terms1)::value>(i, part);
-            part.put(out[0] + i, x, stream);
-            part.put(out[1] + i, y, stream);
-          });
-        });
+      sweep_streaming(chunk.size, streaming, [&](int64_t i, auto part, auto stream) {
+        // Both sums before either store: an output may be one of the lists.
+        const auto x = sum[0].at(i, part);
+        const auto y = sum[1].at(i, part);
+        part.put(out[0] + i, x, stream);
+        part.put(out[1] + i, y, stream);
       });
     });
     return 0;
