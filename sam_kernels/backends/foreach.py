@@ -21,6 +21,9 @@ from . import reference
 Tensors = list[Tensor]
 Row = list[float]
 
+# The stubs of torch know the _foreach operators in one overload only.
+many: Any = torch
+
 # torch's CPU norm adds a whole tensor in one fp32 accumulator, off by 6e-4 at 16 million elements.
 # Pieces of this size stay below 2e-5, and float64 adds the pieces up.
 _PIECE = 16384
@@ -71,7 +74,7 @@ class Foreach:
             return torch.zeros(
                 len(group.params) if per_tensor else (), dtype=torch.float64, device=group.device
             )
-        sums = torch.stack(torch._foreach_norm(pieces, order, dtype=_wide_dtype(group.dtype))).double()
+        sums = torch.stack(many._foreach_norm(pieces, order, dtype=_wide_dtype(group.dtype))).double()
         if moment == "square":
             sums = sums.square()
         if not per_tensor:
@@ -99,20 +102,23 @@ class Foreach:
             group, lambda t: group.snapshots[t] is not None and group.grads[t] is not None
         ):
             w, snapshots = _pick(group.params, members), _pick(group.snapshots, members)
-            torch._foreach_copy_(snapshots, w)
+            many._foreach_copy_(snapshots, w)
             if finite is False:
                 continue
             g = _pick(group.grads, members)
-            scale = _known(reference.ascent_scale(norm, row, shape))
-            factors = None if tensor_scale is None else _factors(tensor_scale, members)
-            _perturb_(w, g, row, scale, factors, shape, q, peak)
+            dtype = _wide_dtype(group.dtype)
+            if tensor_scale is None:
+                scale = _known(reference.ascent_scale(norm, row, shape, dtype))
+            else:
+                scale = _factors(reference.ascent_scale(norm, row, shape, dtype, tensor_scale), members)
+            _perturb_(w, g, row, scale, shape, q, peak)
             if finite is not True:
                 _keep_(w, snapshots, finite)
 
     def restore_(self, group: TensorGroup) -> None:
         members = [t for t, snapshot in enumerate(group.snapshots) if snapshot is not None]
         if members:
-            torch._foreach_copy_(_pick(group.params, members), _pick(group.snapshots, members))
+            many._foreach_copy_(_pick(group.params, members), _pick(group.snapshots, members))
 
     def grad_stats(self, group: TensorGroup, lists: list[list[Tensor | None]]) -> Tensor:
         dots = []
@@ -124,7 +130,7 @@ class Foreach:
                 if not both:
                     dots.append(torch.zeros((), dtype=torch.float64, device=group.device))
                     continue
-                products = torch._foreach_mul(_wide(_pick(xs, both)), _wide(_pick(ys, both)))
+                products = many._foreach_mul(_wide(_pick(xs, both)), _wide(_pick(ys, both)))
                 # There is no _foreach_sum, and _foreach_norm would lose the sign.
                 dots.append(torch.stack([p.sum(dtype=torch.float64) for p in products]).sum())
         return torch.stack(dots)
@@ -156,7 +162,7 @@ class Foreach:
             ]
             for out, total, write in zip(outs, sums, writes, strict=True):
                 if write:
-                    torch._foreach_copy_(_pick(out, members), total)
+                    many._foreach_copy_(_pick(out, members), total)
 
     def descend_(
         self,
@@ -177,13 +183,13 @@ class Foreach:
         if safe is False or not by_row:
             return
         changing = [] if safe is True else _changing(group, rule, slots)
-        before = torch._foreach_clone(changing) if changing else []
+        before = many._foreach_clone(changing) if changing else []
         for row, members in by_row:
             g = _wide(_pick(group.grads, members))
             if inv_scale is not None:
-                g = list(torch._foreach_mul(g, _like(_known(inv_scale.reshape(())), g)))
+                g = list(many._foreach_mul(g, _like(_known(inv_scale.reshape(())), g)))
             if row[Column.MAXIMIZE]:
-                g = list(torch._foreach_neg(g))
+                g = list(many._foreach_neg(g))
             update_ = _sgd_ if rule == "sgd" else _adam_
             update_(_pick(group.params, members), g, row, slots, members)
         if changing:
@@ -197,52 +203,52 @@ def _metric_weights(w: Tensors, row: Row) -> Tensors | None:
     """``T = |w| + eta`` under the adaptive metric, None for 1."""
     if row[Column.METRIC] != ADAPTIVE:
         return None
-    weights = list(torch._foreach_abs(_wide(w)))
+    weights = list(many._foreach_abs(_wide(w)))
     if row[Column.ETA]:
-        torch._foreach_add_(weights, row[Column.ETA])
+        many._foreach_add_(weights, row[Column.ETA])
     return weights
 
 
 def _times(weights: Tensors | None, tensors: Tensors) -> Tensors:
-    return tensors if weights is None else list(torch._foreach_mul(weights, _wide(tensors)))
+    return tensors if weights is None else list(many._foreach_mul(weights, _wide(tensors)))
 
 
 def _ratios(u: Tensors, peak: Tensor, power: float) -> Tensors:
     """``(|u| / peak)^power``; where the peak is 0, every u is."""
-    ratios = torch._foreach_abs(_wide(u))
-    torch._foreach_div_(ratios, _like(_known(torch.where(peak == 0, torch.ones_like(peak), peak)), ratios))
-    return list(torch._foreach_pow(ratios, power))
+    ratios = many._foreach_abs(_wide(u))
+    many._foreach_div_(ratios, _like(_known(torch.where(peak == 0, torch.ones_like(peak), peak)), ratios))
+    return list(many._foreach_pow(ratios, power))
 
 
 def _perturb_(
     w: Tensors,
     g: Tensors,
     row: Row,
-    scale: float | Tensor,
-    factors: Sequence[float | Tensor] | None,
+    scale: float | Tensor | Sequence[float | Tensor],
     shape: str,
     q: float | None,
     peak: Tensor | None,
 ) -> None:
-    """``w += scale * factor_t * T h(T g)``."""
+    """``w += scale * T h(T g)``, with one scale for all or one for each."""
     values, weights = _wide(w), _metric_weights(w, row)
     u = _times(weights, _wide(g))
     if shape == "linear":
         e = u
     else:
-        signs = list(torch._foreach_sign(u))
-        e = signs if shape == "sign" else list(torch._foreach_mul(signs, _ratios(u, peak, q - 1)))
+        signs = list(many._foreach_sign(u))
+        e = signs if shape == "sign" else list(many._foreach_mul(signs, _ratios(u, peak, q - 1)))
     e = _times(weights, e)
-    if factors is not None:
-        e = list(torch._foreach_mul(e, factors))
-    _add_(values, e, scale)
+    if isinstance(scale, float | Tensor):
+        _add_(values, e, scale)
+    else:
+        many._foreach_add_(values, many._foreach_mul(e, scale))
     _store_(w, values)
 
 
 def _sgd_(w: Tensors, g: Tensors, row: Row, slots: dict[str, list[Any]], members: list[int]) -> None:
     values = _wide(w)
     if row[Column.WEIGHT_DECAY]:
-        g = list(torch._foreach_add(g, values, alpha=row[Column.WEIGHT_DECAY]))
+        g = list(many._foreach_add(g, values, alpha=row[Column.WEIGHT_DECAY]))
     momentum = row[Column.MOMENTUM]
     if momentum:
         stored = _pick(slots["momentum_buffer"], members)
@@ -251,13 +257,13 @@ def _sgd_(w: Tensors, g: Tensors, row: Row, slots: dict[str, list[Any]], members
         new = [i for i, t in enumerate(members) if flags[t]]
         old = [i for i, t in enumerate(members) if not flags[t]]
         if old:
-            torch._foreach_mul_(_pick(buffers, old), momentum)
-            torch._foreach_add_(_pick(buffers, old), _pick(g, old), alpha=1 - row[Column.DAMPENING])
+            many._foreach_mul_(_pick(buffers, old), momentum)
+            many._foreach_add_(_pick(buffers, old), _pick(g, old), alpha=1 - row[Column.DAMPENING])
         if new:
-            torch._foreach_copy_(_pick(buffers, new), _pick(g, new))
-        g = list(torch._foreach_add(g, buffers, alpha=momentum)) if row[Column.NESTEROV] else buffers
+            many._foreach_copy_(_pick(buffers, new), _pick(g, new))
+        g = list(many._foreach_add(g, buffers, alpha=momentum)) if row[Column.NESTEROV] else buffers
         _store_(stored, buffers)
-    torch._foreach_add_(values, g, alpha=-row[Column.LR])
+    many._foreach_add_(values, g, alpha=-row[Column.LR])
     _store_(w, values)
 
 
@@ -267,23 +273,23 @@ def _adam_(w: Tensors, g: Tensors, row: Row, slots: dict[str, list[Any]], member
     means, squares = _wide(stored_means), _wide(stored_squares)
     lr, beta1, beta2, decay = (row[c] for c in (Column.LR, Column.BETA1, Column.BETA2, Column.WEIGHT_DECAY))
     # On the host a Python 1 would be wrapped into a tensor again for every counter.
-    torch._foreach_add_(steps, torch.tensor(1.0) if steps[0].device.type == "cpu" else 1)
+    many._foreach_add_(steps, torch.tensor(1.0) if steps[0].device.type == "cpu" else 1)
     if decay and row[Column.DECOUPLED]:
-        torch._foreach_mul_(values, 1 - lr * decay)
+        many._foreach_mul_(values, 1 - lr * decay)
     elif decay:
-        g = list(torch._foreach_add(g, values, alpha=decay))
-    torch._foreach_lerp_(means, g, 1 - beta1)
-    torch._foreach_mul_(squares, beta2)
-    torch._foreach_addcmul_(squares, g, g, 1 - beta2)
+        g = list(many._foreach_add(g, values, alpha=decay))
+    many._foreach_lerp_(means, g, 1 - beta1)
+    many._foreach_mul_(squares, beta2)
+    many._foreach_addcmul_(squares, g, g, 1 - beta2)
     sizes, roots = _bias_corrections(steps, lr, beta1, beta2)
-    denominators = list(torch._foreach_sqrt(squares))
-    torch._foreach_div_(denominators, roots)
-    torch._foreach_add_(denominators, row[Column.ADAM_EPS])
+    denominators = list(many._foreach_sqrt(squares))
+    many._foreach_div_(denominators, roots)
+    many._foreach_add_(denominators, row[Column.ADAM_EPS])
     if isinstance(sizes[0], float):
-        torch._foreach_addcdiv_(values, means, denominators, sizes)
+        many._foreach_addcdiv_(values, means, denominators, sizes)
     else:
-        updates = torch._foreach_div(means, denominators)
-        torch._foreach_add_(values, torch._foreach_mul(updates, sizes))
+        updates = many._foreach_div(means, denominators)
+        many._foreach_add_(values, many._foreach_mul(updates, sizes))
     _store_(stored_means, means)
     _store_(stored_squares, squares)
     _store_(w, values)
@@ -308,7 +314,7 @@ def _weighted_sum(weights: Sequence[float | Tensor], xs: list[Tensors | None], l
         if isinstance(a, Tensor):
             x = _or_zero(x, a != 0)
         if total is None:
-            total = list(torch._foreach_mul(x, _like(a, x)))
+            total = list(many._foreach_mul(x, _like(a, x)))
         else:
             _add_(total, x, a)
     return [torch.zeros_like(out) for out in like] if total is None else total
@@ -361,7 +367,7 @@ def _wide(tensors: Tensors) -> Tensors:
 def _store_(stored: Tensors, values: Tensors) -> None:
     """Round the results to where they live, unless that is where they were computed."""
     if stored[0] is not values[0]:
-        torch._foreach_copy_(stored, values)
+        many._foreach_copy_(stored, values)
 
 
 # ---- device scalars --------------------------------------------------------------------------------
@@ -386,9 +392,9 @@ def _like(a: float | Tensor, tensors: Tensors) -> float | Tensor:
 def _add_(xs: Tensors, ys: Tensors, a: float | Tensor) -> None:
     """``xs += a * ys``."""
     if isinstance(a, Tensor):
-        torch._foreach_add_(xs, torch._foreach_mul(ys, _like(a, ys)))
+        many._foreach_add_(xs, many._foreach_mul(ys, _like(a, ys)))
     else:
-        torch._foreach_add_(xs, ys, alpha=a)
+        many._foreach_add_(xs, ys, alpha=a)
 
 
 def _is_safe(guard: Tensor | None, found_inf: Tensor | None) -> bool | Tensor:
@@ -396,9 +402,9 @@ def _is_safe(guard: Tensor | None, found_inf: Tensor | None) -> bool | Tensor:
     if guard is None and found_inf is None:
         return True
     if guard is None:
-        return _known(found_inf.reshape(()) != 1)
+        return _known(found_inf.reshape(()) == 0)
     finite = torch.isfinite(guard)
-    return _known(finite if found_inf is None else finite & (found_inf.reshape(()) != 1))
+    return _known(finite if found_inf is None else finite & (found_inf.reshape(()) == 0))
 
 
 # note: [choice of bits]
@@ -415,7 +421,7 @@ def _or_zero(tensors: Tensors, keep: Tensor) -> Tensors:
     """The tensors where `keep` holds, otherwise zeros, whatever stood there."""
     dtype = tensors[0].dtype
     bits = _bits(tensors)
-    return [x.view(dtype) for x in torch._foreach_mul(bits, keep.to(bits[0].dtype))]
+    return [x.view(dtype) for x in many._foreach_mul(bits, keep.to(bits[0].dtype))]
 
 
 def _keep_(tensors: Tensors, before: Tensors, keep: Tensor) -> None:
@@ -424,8 +430,8 @@ def _keep_(tensors: Tensors, before: Tensors, keep: Tensor) -> None:
         members = [i for i, x in enumerate(tensors) if x.dtype == kind]
         bits, old = _bits(_pick(tensors, members)), _bits(_pick(before, members))
         flag = keep.to(bits[0].dtype)
-        torch._foreach_mul_(bits, flag)
-        torch._foreach_add_(bits, torch._foreach_mul(old, 1 - flag))
+        many._foreach_mul_(bits, flag)
+        many._foreach_add_(bits, many._foreach_mul(old, 1 - flag))
 
 
 def _changing(group: TensorGroup, rule: str, slots: dict[str, list[Any]]) -> Tensors:

@@ -67,7 +67,8 @@ class Native:
             table = table.clone()
             table[:, Column.METRIC].clamp_(max=EUCLIDEAN)
             measured = [None if g is None else w for w, g in zip(group.params, group.grads, strict=True)]
-        plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
+        if plan.is_adaptive(table.data_ptr()):
+            plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
         plan.point(_native.GRADS, "grads", measured, _DTYPES[group.dtype])
         # Fresh results each time: the caller may hold an earlier one.
         total = torch.empty((), dtype=torch.float64)
@@ -89,20 +90,20 @@ class Native:
         plan = _plan(group)
         plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
         plan.point(_native.GRADS, "grads", group.grads, _DTYPES[group.dtype])
-        plan.point(_native.SNAPSHOTS, "snapshots", group.snapshots, _DTYPES[group.dtype])
+        present = plan.point(_native.SNAPSHOTS, "snapshots", group.snapshots, _DTYPES[group.dtype])
         norm, peak, tensor_scale = (_scalars(x, torch.float64) for x in (norm, peak, tensor_scale))
         plan.perturb(
             group.table.data_ptr(), _SHAPES[shape], q or 0.0, _at(peak), _at(norm), _at(tensor_scale)
         )
-        _count_write(group.params, where=group.snapshots)
-        _count_write(group.snapshots)
+        _count_write(group.params, group.snapshots, present)
+        _count_write(group.snapshots, group.snapshots, present)
 
     def restore_(self, group: TensorGroup) -> None:
         plan = _plan(group)
         plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
-        plan.point(_native.SNAPSHOTS, "snapshots", group.snapshots, _DTYPES[group.dtype])
+        present = plan.point(_native.SNAPSHOTS, "snapshots", group.snapshots, _DTYPES[group.dtype])
         plan.restore()
-        _count_write(group.params, where=group.snapshots)
+        _count_write(group.params, group.snapshots, present)
 
     def grad_stats(self, group: TensorGroup, lists: list[list[Tensor | None]]) -> Tensor:
         plan = _plan(group)
@@ -122,12 +123,14 @@ class Native:
         plan = _plan(group)
         for i, tensors in enumerate(lists):
             _point_foreign(plan, group, _native.LISTS + i, f"lists[{i}]", tensors)
-        for i, tensors in enumerate(outs):
+        present = [
             _point_foreign(plan, group, _native.OUTS + i, f"outs[{i}]", tensors)
+            for i, tensors in enumerate(outs)
+        ]
         coefficients = _scalars(coefficients, torch.float64)
         plan.combine(len(lists), len(outs), _at(coefficients))
-        for out in outs:
-            _count_write(out)
+        for out, count in zip(outs, present, strict=True):
+            _count_write(out, out, count)
 
     def descend_(
         self,
@@ -142,14 +145,15 @@ class Native:
         plan = _plan(group)
         code = _DTYPES[group.dtype]
         plan.point(_native.PARAMS, "params", group.params, code)
-        plan.point(_native.GRADS, "grads", group.grads, code)
+        moving = plan.point(_native.GRADS, "grads", group.grads, code)
         plan.point(_native.SNAPSHOTS, "snapshots", group.snapshots, code)
-        names = ["momentum_buffer"] if rule == "sgd" else ["exp_avg", "exp_avg_sq"]
-        for i, name in enumerate(names):
-            plan.point(_native.LISTS + i, name, slots[name], code, group.dtype)
+        state = {"momentum_buffer": 0} if rule == "sgd" else {"exp_avg": 0, "exp_avg_sq": 0}
+        for i, name in enumerate(state):
+            tensors = slots[name]
+            state[name] = plan.point(_native.LISTS + i, name, tensors, code, group.dtype, hold=True)
         if rule == "adam":
-            plan.point(_native.STEPS, "step", slots["step"], _DTYPES[torch.float32], torch.float32)
-            names.append("step")
+            counters, float32 = slots["step"], torch.float32
+            state["step"] = plan.point(_native.STEPS, "step", counters, _DTYPES[float32], float32, hold=True)
         guard = _scalars(guard, torch.float64)
         found_inf, inv_scale = _scalars(found_inf, torch.float32), _scalars(inv_scale, torch.float32)
         plan.descend(
@@ -160,9 +164,16 @@ class Native:
             _at(found_inf),
             _at(inv_scale),
         )
-        _count_write(group.params, where=group.snapshots, or_where=group.grads)
-        for name in names:
-            _count_write(slots[name], where=group.grads)
+        if moving == len(group.params):
+            increment_version(group.params)
+            for name, present in state.items():
+                _count_write(slots[name], slots[name], present)
+            return
+        moved = [g is not None for g in group.grads]
+        for tensors in (slots[name] for name in state):
+            increment_version([x for x, m in zip(tensors, moved, strict=True) if m and x is not None])
+        touched = [m or s is not None for m, s in zip(moved, group.snapshots, strict=True)]
+        increment_version([p for p, t in zip(group.params, touched, strict=True) if t])
 
 
 def isa() -> str | None:
@@ -234,12 +245,12 @@ def _plan(group: TensorGroup) -> Any:
     return plan
 
 
-def _point_foreign(plan: Any, group: TensorGroup, slot: int, name: str, tensors: list[Tensor | None]) -> None:
+def _point_foreign(plan: Any, group: TensorGroup, slot: int, name: str, tensors: list[Tensor | None]) -> int:
     """Point at a list that the group did not make: its dtype and sizes are checked on the way."""
     dtype = next((x.dtype for x in tensors if x is not None), group.dtype)
     if dtype not in _DTYPES:
         raise ValueError(f"{name} is {dtype}; expected one of {', '.join(map(str, _DTYPES))}")
-    plan.point(slot, name, tensors, _DTYPES[dtype], dtype)
+    return plan.point(slot, name, tensors, _DTYPES[dtype], dtype)
 
 
 def _scalars(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -251,18 +262,15 @@ def _at(values: Tensor | None) -> int:
     return 0 if values is None else values.data_ptr()
 
 
-def _count_write(
-    tensors: list[Any], *, where: list[Any] | None = None, or_where: list[Any] | None = None
-) -> None:
-    """Advance the version counter of what was written, so that autograd notices a stale graph."""
-    if where is None:
-        where = tensors
-    if or_where is None:
-        written = [x for x, mark in zip(tensors, where, strict=True) if mark is not None and x is not None]
-    else:
-        marks = zip(where, or_where, strict=True)
-        written = [x for x, (a, b) in zip(tensors, marks, strict=True) if a is not None or b is not None]
-    increment_version(written)
+def _count_write(tensors: list[Any], marks: list[Any], present: int) -> None:
+    """Advance the version counters of the tensors whose mark is not None, so that autograd sees the write.
+
+    Args:
+        present: how many marks are known not to be None; all of them spares the search.
+    """
+    if present < len(tensors):
+        tensors = [x for x, mark in zip(tensors, marks, strict=True) if mark is not None]
+    increment_version(tensors)
 
 
 _native, _problem = _load()

@@ -24,55 +24,78 @@ def opmath(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def metric_weight(w: Tensor, row: Row) -> Tensor | float:
-    """``T = |w| + eta`` under the adaptive metric, 1 otherwise."""
-    return w.abs() + row[Column.ETA] if row[Column.METRIC] == ADAPTIVE else 1.0
+def weigh(d: Tensor, w: Tensor, row: Row) -> Tensor:
+    """``T d``, with ``T = |w| + eta`` under the adaptive metric and 1 otherwise."""
+    return (w.abs() + row[Column.ETA]) * d if row[Column.METRIC] == ADAPTIVE else d
 
 
 def ratio(u: Tensor, peak: Tensor) -> Tensor:
-    """``|u| / peak``, and 0 where everything is zero."""
-    return torch.where(peak == 0, torch.zeros_like(u), u.abs() / peak)
+    """``|u| / peak``; a peak of zero means that every u is zero."""
+    return torch.where(peak == 0, u.abs(), u.abs() / peak)
 
 
-def moment_of(u: Tensor, kind: str, q: float | None, peak: Tensor | None) -> Tensor:
-    """What an element adds to the sum: ``u^2``, ``|u|`` (of which the largest counts), ``(|u| / peak)^q``."""
-    if kind == "square":
-        return u.square()
-    if kind == "peak":
-        return u.abs()
+def square(u: Tensor, q: float | None, peak: Tensor | None) -> Tensor:
+    """``u^2``."""
+    return u.square()
+
+
+def magnitude(u: Tensor, q: float | None, peak: Tensor | None) -> Tensor:
+    """``|u|``, of which the largest is the peak."""
+    return u.abs()
+
+
+def power(u: Tensor, q: float | None, peak: Tensor | None) -> Tensor:
+    """``(|u| / peak)^q``."""
     return ratio(u, peak).pow(q)
 
 
-def displacement(u: Tensor, shape: str, q: float | None, peak: Tensor | None) -> Tensor:
-    """``h(u)``: ``u``, ``sign(u)`` or ``sign(u) (|u| / peak)^(q-1)``."""
-    if shape == "linear":
-        return u
-    if shape == "sign":
-        return u.sign()
+def linear(u: Tensor, q: float | None, peak: Tensor | None) -> Tensor:
+    """``h(u) = u``: p = 2."""
+    return u
+
+
+def sign(u: Tensor, q: float | None, peak: Tensor | None) -> Tensor:
+    """``h(u) = sign(u)``: p = inf."""
+    return u.sign()
+
+
+def powered(u: Tensor, q: float | None, peak: Tensor | None) -> Tensor:
+    """``h(u) = sign(u) (|u| / peak)^(q - 1)``: any other p."""
     return u.sign() * ratio(u, peak).pow(q - 1)
 
 
-def ascent_scale(norm: Tensor, row: Row, shape: str) -> Tensor:
-    """``rho / (norm + eps)``; the sign has its length already: ``rho``. A zero norm moves nothing."""
-    if shape == "sign":
-        return torch.full_like(norm, row[Column.RHO])
-    scale = row[Column.RHO] / (norm + row[Column.EPS])
-    return torch.where(norm == 0, torch.zeros_like(norm), scale)
+MOMENTS = {"square": square, "peak": magnitude, "power": power}
+SHAPES = {"linear": linear, "sign": sign, "powered": powered}
+
+
+def ascent_scale(
+    norm: Tensor, row: Row, shape: str, dtype: torch.dtype, factor: Tensor | float = 1.0
+) -> Tensor:
+    """``rho / (norm + eps) * factor`` in opmath; the sign has its length already: ``rho * factor``.
+
+    A quotient that overflows, as with a zero norm and no eps, counts as 0: zero gradients move nothing.
+    """
+    length = torch.ones_like(norm) if shape == "sign" else norm + row[Column.EPS]
+    scale = (row[Column.RHO] / length * factor).to(dtype)
+    return torch.where(torch.isfinite(scale), scale, torch.zeros_like(scale))
 
 
 def perturb(
-    w: Tensor, g: Tensor, scale: Tensor, row: Row, shape: str, q: float | None, peak: Tensor | None
+    w: Tensor, d: Tensor, scale: Tensor, row: Row, shape: str, q: float | None, peak: Tensor | None
 ) -> Tensor:
-    """``w + scale * T h(T g)``."""
-    weight = metric_weight(w, row)
-    return w + scale.to(w.dtype) * (weight * displacement(weight * g, shape, q, peak))
+    """``w + scale * T h(T d)``."""
+    return w + scale * weigh(SHAPES[shape](weigh(d, w, row), q, peak), w, row)
+
+
+def decayed(g: Tensor, w: Tensor, row: Row, weight_decay: float) -> Tensor:
+    """``+-g + weight_decay w``."""
+    g = -g if row[Column.MAXIMIZE] else g
+    return g.add(w, alpha=weight_decay) if weight_decay else g
 
 
 def sgd(w: Tensor, g: Tensor, buffer: Tensor | None, row: Row, fresh: bool) -> tuple[Tensor, Tensor | None]:
     """``b = momentum b + (1 - dampening) g;  w - lr b``, in the order of torch.optim.SGD."""
-    g = -g if row[Column.MAXIMIZE] else g
-    if row[Column.WEIGHT_DECAY]:
-        g = g.add(w, alpha=row[Column.WEIGHT_DECAY])
+    g = decayed(g, w, row, row[Column.WEIGHT_DECAY])
     momentum = row[Column.MOMENTUM]
     if momentum == 0:
         return w.add(g, alpha=-row[Column.LR]), buffer
@@ -89,12 +112,10 @@ def adam(
     Args:
         step: number of this update, from 1.
     """
-    lr, beta1, beta2 = row[Column.LR], row[Column.BETA1], row[Column.BETA2]
-    g = -g if row[Column.MAXIMIZE] else g
+    lr, beta1, beta2, decay = (row[c] for c in (Column.LR, Column.BETA1, Column.BETA2, Column.WEIGHT_DECAY))
+    g = decayed(g, w, row, 0.0 if row[Column.DECOUPLED] else decay)
     if row[Column.DECOUPLED]:
-        w = w * (1 - lr * row[Column.WEIGHT_DECAY])
-    elif row[Column.WEIGHT_DECAY]:
-        g = g.add(w, alpha=row[Column.WEIGHT_DECAY])
+        w = w * (1 - lr * decay)
     mean = mean.lerp(g, 1 - beta1)
     square = (square * beta2).addcmul(g, g, value=1 - beta2)
     # Bias corrections are Python floats: in fp32, 1 - 0.999^step loses half its digits at step 1.
@@ -116,7 +137,7 @@ def is_unsafe(guard: Tensor | None, found_inf: Tensor | None) -> bool:
     """Whether a step must be skipped: the first gradients or the present ones are not finite."""
     if guard is not None and not bool(torch.isfinite(guard)):
         return True
-    return found_inf is not None and bool(found_inf == 1)
+    return found_inf is not None and bool(found_inf != 0)
 
 
 class Reference:
@@ -144,8 +165,8 @@ class Reference:
             if g is None or row[Column.METRIC] == FIXED or w.numel() == 0:
                 continue
             w, g = opmath(w), opmath(g)
-            u = w if of == "weight" else metric_weight(w, row) * g
-            each = moment_of(u.double(), moment, q, peak)
+            u = w if of == "weight" else weigh(g, w, row)
+            each = MOMENTS[moment](u.double(), q, peak)
             parts[t] = each.max() if moment == "peak" else each.sum()
         if per_tensor:
             return parts
@@ -168,11 +189,12 @@ class Reference:
             snapshot.copy_(w)
             if not torch.isfinite(norm):
                 continue
-            scale = ascent_scale(norm, row, shape)
-            if tensor_scale is not None:
-                scale = scale * tensor_scale[t]
-            in_opmath = None if peak is None else peak.to(opmath(w).dtype)
-            w.copy_(perturb(opmath(w), opmath(g), scale, row, shape, q, in_opmath))
+            wide = opmath(w)
+            scale = ascent_scale(
+                norm, row, shape, wide.dtype, 1.0 if tensor_scale is None else tensor_scale[t]
+            )
+            largest = None if peak is None else peak.to(wide.dtype)
+            w.copy_(perturb(wide, opmath(g), scale, row, shape, q, largest))
 
     def restore_(self, group: TensorGroup) -> None:
         for w, snapshot in zip(group.params, group.snapshots, strict=True):

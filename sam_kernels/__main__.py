@@ -1,0 +1,5 @@
+"""``python -m sam_kernels`` prints the doctor's report."""
+
+from .doctor import main
+
+main()
