@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "ops/sam_kernels.h"
+#include "sam_kernels.h"
 
 namespace py = pybind11;
 
@@ -61,7 +61,8 @@ class Plan {
  public:
   Plan(std::vector<std::int64_t> numel, std::vector<std::int32_t> row)
       : numel_(std::move(numel)), row_(std::move(row)) {
-    if (numel_.size() != row_.size()) throw std::invalid_argument("Plan: numel and row must have one entry per tensor");
+    if (numel_.size() != row_.size())
+      throw std::invalid_argument("Plan: numel and row must have one entry per tensor");
     plan_ = samk_plan_create(numel_.data(), static_cast<std::int64_t>(numel_.size()));
     if (plan_ == nullptr) throw std::runtime_error(samk_last_error());
   }
@@ -105,9 +106,10 @@ class Plan {
       if (data == nullptr) {
         if (PyErr_Occurred()) throw py::error_already_set();
         if (numel > 0) {
-          throw std::invalid_argument(where(list, t) + " has " + std::to_string(numel) +
-                                      " elements but no memory in this process (its data_ptr is 0); pass local "
-                                      "tensors, not DTensors or meta tensors");
+          throw std::invalid_argument(
+              where(list, t) + " has " + std::to_string(numel) +
+              " elements but no memory in this process (its data_ptr is 0); pass local "
+              "tensors, not DTensors or meta tensors");
         }
         data = &nothing;
       }
@@ -247,8 +249,9 @@ class Plan {
     auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, names().dtype));
     if (!dtype) throw py::error_already_set();
     if (!dtype.is(must_be)) {
-      throw std::invalid_argument(where(list, t) + " is " + std::string(py::str(dtype)) + " but the list is " +
-                                  std::string(py::str(must_be)) + "; a list must have one dtype");
+      throw std::invalid_argument(where(list, t) + " is " + std::string(py::str(dtype)) +
+                                  " but the list is " + std::string(py::str(must_be)) +
+                                  "; a list must have one dtype");
     }
     const long long count = PyLong_AsLongLong(call(tensor, names().numel).ptr());
     if (count == -1 && PyErr_Occurred()) throw py::error_already_set();
@@ -279,8 +282,8 @@ class Plan {
 
   const std::uint8_t* read_fresh(const py::list& fresh) {
     if (fresh.size() != numel_.size()) {
-      throw std::invalid_argument("descend_: fresh has " + std::to_string(fresh.size()) + " entries, but there are " +
-                                  std::to_string(numel_.size()) + " tensors");
+      throw std::invalid_argument("descend_: fresh has " + std::to_string(fresh.size()) +
+                                  " entries, but there are " + std::to_string(numel_.size()) + " tensors");
     }
     fresh_.resize(numel_.size());
     for (std::size_t t = 0; t < numel_.size(); ++t) {

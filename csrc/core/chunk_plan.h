@@ -48,7 +48,8 @@ class ChunkPlan {
         gathered = 0;
       }
     }
-    if (first < static_cast<int64_t>(chunks_.size())) spans_.push_back({first, static_cast<int64_t>(chunks_.size())});
+    if (first < static_cast<int64_t>(chunks_.size()))
+      spans_.push_back({first, static_cast<int64_t>(chunks_.size())});
   }
 
   int64_t count() const { return static_cast<int64_t>(numel_.size()); }

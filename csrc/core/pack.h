@@ -41,10 +41,18 @@ struct Lanes {
     for (int i = 0; i < kLanes; ++i) r.v[i] = f(i);
     return r;
   }
-  friend SAMK_INLINE Lanes operator+(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
-  friend SAMK_INLINE Lanes operator-(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
-  friend SAMK_INLINE Lanes operator*(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
-  friend SAMK_INLINE Lanes operator/(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }
+  friend SAMK_INLINE Lanes operator+(Lanes a, Lanes b) {
+    return each([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  friend SAMK_INLINE Lanes operator-(Lanes a, Lanes b) {
+    return each([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  friend SAMK_INLINE Lanes operator*(Lanes a, Lanes b) {
+    return each([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  friend SAMK_INLINE Lanes operator/(Lanes a, Lanes b) {
+    return each([&](int i) { return a.v[i] / b.v[i]; });
+  }
 };
 
 template <class S>
@@ -111,10 +119,18 @@ struct F32 {
   F32() = default;
   SAMK_INLINE explicit F32(float x) : a(_mm256_set1_ps(x)), b(a) {}
   SAMK_INLINE F32(__m256 low, __m256 high) : a(low), b(high) {}
-  friend SAMK_INLINE F32 operator+(F32 x, F32 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
-  friend SAMK_INLINE F32 operator-(F32 x, F32 y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
-  friend SAMK_INLINE F32 operator*(F32 x, F32 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
-  friend SAMK_INLINE F32 operator/(F32 x, F32 y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+  friend SAMK_INLINE F32 operator+(F32 x, F32 y) {
+    return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)};
+  }
+  friend SAMK_INLINE F32 operator-(F32 x, F32 y) {
+    return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)};
+  }
+  friend SAMK_INLINE F32 operator*(F32 x, F32 y) {
+    return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)};
+  }
+  friend SAMK_INLINE F32 operator/(F32 x, F32 y) {
+    return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)};
+  }
 };
 SAMK_INLINE F32 fma(F32 x, F32 y, F32 z) {
   return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
@@ -144,7 +160,8 @@ SAMK_INLINE F32 load(const bf16* p) {
 SAMK_INLINE __m256i round_bf16(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+  const __m256i r =
+      _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
 }

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "core/chunk_plan.h"
-#include "ops/sam_kernels.h"
+#include "sam_kernels.h"
 
 struct samk_plan {
   samk_plan(const int64_t* numel, int64_t count) : chunks(numel, count) {}

@@ -80,7 +80,9 @@ T* element(const samk_list& list, int32_t tensor, int64_t begin) {
   return static_cast<T*>(list.data[tensor]) + begin;
 }
 
-inline bool has(const samk_list& list, int32_t tensor) { return list.data != nullptr && list.data[tensor] != nullptr; }
+inline bool has(const samk_list& list, int32_t tensor) {
+  return list.data != nullptr && list.data[tensor] != nullptr;
+}
 
 // Calls body(chunk, index) for every chunk of the plan, in parallel.
 template <class Body>

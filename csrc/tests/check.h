@@ -7,16 +7,16 @@
 #include <thread>
 #include <vector>
 
-#include "ops/sam_kernels.h"
+#include "sam_kernels.h"
 
 inline int failures = 0;
 
-#define CHECK(condition)                                                    \
-  do {                                                                      \
-    if (!(condition)) {                                                     \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);   \
-      ++failures;                                                           \
-    }                                                                       \
+#define CHECK(condition)                                                  \
+  do {                                                                    \
+    if (!(condition)) {                                                   \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+      ++failures;                                                         \
+    }                                                                     \
   } while (0)
 
 inline int finish(const char* name) {

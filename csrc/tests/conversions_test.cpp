@@ -47,8 +47,9 @@ void check_half(To to_half, uint16_t infinity) {
     const uint32_t bits = static_cast<uint32_t>(random.bits());
     std::memcpy(&x, &bits, sizeof x);
     if (std::isnan(x)) continue;
-    const uint16_t expected = std::isinf(x) ? static_cast<uint16_t>(infinity | (std::signbit(x) ? 0x8000u : 0u))
-                                            : nearest<Half>(x, decode, infinity);
+    const uint16_t expected = std::isinf(x)
+                                  ? static_cast<uint16_t>(infinity | (std::signbit(x) ? 0x8000u : 0u))
+                                  : nearest<Half>(x, decode, infinity);
     CHECK(to_half(x).bits == expected);
   }
 }

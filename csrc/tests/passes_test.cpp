@@ -43,9 +43,12 @@ double value(T x) {
 }
 template <class T>
 T cast(double x) {
-  if constexpr (std::is_same_v<T, samk::bf16>) return samk::to_bf16(static_cast<float>(x));
-  else if constexpr (std::is_same_v<T, samk::f16>) return samk::to_f16(static_cast<float>(x));
-  else return static_cast<T>(x);
+  if constexpr (std::is_same_v<T, samk::bf16>)
+    return samk::to_bf16(static_cast<float>(x));
+  else if constexpr (std::is_same_v<T, samk::f16>)
+    return samk::to_f16(static_cast<float>(x));
+  else
+    return static_cast<T>(x);
 }
 
 // One rounding to T plus what a few fp32 operations lose.
@@ -74,7 +77,8 @@ struct List {
   samk_list list() const { return {data.data(), code<T>()}; }
   bool operator==(const List& other) const {
     for (size_t t = 0; t < memory.size(); ++t) {
-      if (std::memcmp(memory[t].data(), other.memory[t].data(), memory[t].size() * sizeof(T)) != 0) return false;
+      if (std::memcmp(memory[t].data(), other.memory[t].data(), memory[t].size() * sizeof(T)) != 0)
+        return false;
     }
     return true;
   }
@@ -119,8 +123,13 @@ template <class T>
 class Passes {
  public:
   explicit Passes(const Case& c)
-      : sizes(c.sizes), random(c.sizes.size() * 31 + c.shift), w(sizes, c.shift, &random), g(sizes, c.shift, &random),
-        start(w), shift(c.shift), plan(samk_plan_create(sizes.data(), static_cast<int64_t>(sizes.size()))) {
+      : sizes(c.sizes),
+        random(c.sizes.size() * 31 + c.shift),
+        w(sizes, c.shift, &random),
+        g(sizes, c.shift, &random),
+        start(w),
+        shift(c.shift),
+        plan(samk_plan_create(sizes.data(), static_cast<int64_t>(sizes.size()))) {
     for (size_t t = 0; t < sizes.size(); ++t) row.push_back(static_cast<int32_t>(t % 3));
     // Every fifth gradient is missing.
     for (size_t t = 3; t < sizes.size(); t += 5) g.data[t] = nullptr;
@@ -270,7 +279,8 @@ class Passes {
     double expected[6] = {};
     for (size_t t = 0; t < sizes.size(); ++t) {
       for (int64_t i = 0; i < sizes[t]; ++i) {
-        const double v[3] = {g.data[t] == nullptr ? 0 : value(g.at(t)[i]), value(x.at(t)[i]), value(y.at(t)[i])};
+        const double v[3] = {g.data[t] == nullptr ? 0 : value(g.at(t)[i]), value(x.at(t)[i]),
+                             value(y.at(t)[i])};
         int k = 0;
         for (int p = 0; p < 3; ++p) {
           for (int q = p; q < 3; ++q) expected[k++] += v[p] * v[q];
@@ -285,7 +295,8 @@ class Passes {
     a.lists = 3;
     a.out = got;
     CHECK(samk_grad_stats(plan, &a) == 0);
-    for (int k = 0; k < 6; ++k) CHECK(std::fabs(got[k] - expected[k]) <= 2e-6 * std::max(1.0, expected[0] + expected[3]));
+    for (int k = 0; k < 6; ++k)
+      CHECK(std::fabs(got[k] - expected[k]) <= 2e-6 * std::max(1.0, expected[0] + expected[3]));
 
     const double coefficients[6] = {0.5, 0.0, -2.0, 1.0, 1.0, 1.0};
     const List<T> old_y(y);
@@ -392,7 +403,8 @@ class Passes {
     return out;
   }
 
-  void update(int rule, size_t t, double from, double grad, bool is_fresh, double* w1, double* m1, double* v1) const {
+  void update(int rule, size_t t, double from, double grad, bool is_fresh, double* w1, double* m1,
+              double* v1) const {
     const double* r = table.row(row[t]);
     double d = r[SAMK_MAXIMIZE] != 0 ? -grad : grad;
     if (rule == SAMK_SGD) {

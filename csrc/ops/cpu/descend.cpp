@@ -1,6 +1,5 @@
-#include "math/descent.h"
-
 #include "engine/cpu.h"
+#include "math/descent.h"
 #include "ops/cpu/passes.h"
 
 namespace samk {
@@ -64,11 +63,8 @@ template <class S>
 Sgd<S> sgd_scalars(const double* row) {
   const double momentum = row[SAMK_MOMENTUM];
   const bool nesterov = row[SAMK_NESTEROV] != 0;
-  return {static_cast<S>(-row[SAMK_LR]),
-          static_cast<S>(momentum),
-          static_cast<S>(1 - row[SAMK_DAMPENING]),
-          nesterov ? static_cast<S>(momentum) : S(1),
-          nesterov ? S(1) : S(0)};
+  return {static_cast<S>(-row[SAMK_LR]), static_cast<S>(momentum), static_cast<S>(1 - row[SAMK_DAMPENING]),
+          nesterov ? static_cast<S>(momentum) : S(1), nesterov ? S(1) : S(0)};
 }
 
 template <class S>
@@ -130,16 +126,19 @@ void adam_tensor(const samk_descend_args& a, const Site<T>& at, const Chunk& chu
   const auto decay = decayed<S>(row, inv_scale, row[SAMK_DECOUPLED] == 0);
   T* m = element<T>(a.state[0], chunk.tensor, chunk.begin);
   T* v = element<T>(a.state[1], chunk.tensor, chunk.begin);
-  decay.weight_decay != 0 ? adam_chunk<true>(at, m, v, decay, rule) : adam_chunk<false>(at, m, v, decay, rule);
+  decay.weight_decay != 0 ? adam_chunk<true>(at, m, v, decay, rule)
+                          : adam_chunk<false>(at, m, v, decay, rule);
 }
 
 }  // namespace
 
 int descend(const samk_plan& plan, const samk_descend_args& a) {
-  if (check_one_dtype("descend_", a.params.dtype, a.grads, a.snapshots, a.state[0], a.state[1]) != 0) return 1;
+  if (check_one_dtype("descend_", a.params.dtype, a.grads, a.snapshots, a.state[0], a.state[1]) != 0)
+    return 1;
   if (a.rule != SAMK_SGD && a.rule != SAMK_ADAM) return fail("descend_: rule is neither SGD nor Adam");
   if (a.rule == SAMK_ADAM && a.step == nullptr) return fail("descend_: Adam needs step counters");
-  const bool is_safe = (a.guard == nullptr || std::isfinite(*a.guard)) && (a.found_inf == nullptr || *a.found_inf == 0);
+  const bool is_safe =
+      (a.guard == nullptr || std::isfinite(*a.guard)) && (a.found_inf == nullptr || *a.found_inf == 0);
   const double inv_scale = a.inv_scale == nullptr ? 1.0 : *a.inv_scale;
   const int arrays = a.rule == SAMK_SGD ? 5 : 7;
   const bool large = exceeds_cache(plan.chunks.total() * dtype_bytes(a.params.dtype) * arrays);

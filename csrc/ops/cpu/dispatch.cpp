@@ -17,8 +17,14 @@
   int descend(const samk_plan&, const samk_descend_args&);       \
   }                                                              \
   }
-#define SAMK_PASSES(isa) \
-  { #isa, samk::isa::sq_norm, samk::isa::perturb, samk::isa::restore, samk::isa::grad_stats, samk::isa::combine, samk::isa::descend }
+#define SAMK_PASSES(isa)  \
+  {#isa,                  \
+   samk::isa::sq_norm,    \
+   samk::isa::perturb,    \
+   samk::isa::restore,    \
+   samk::isa::grad_stats, \
+   samk::isa::combine,    \
+   samk::isa::descend}
 
 SAMK_DECLARE(baseline)
 #ifdef SAMK_X86
@@ -66,14 +72,24 @@ const Passes& passes() {
 
 extern "C" {
 
-int samk_sq_norm(const samk_plan* plan, const samk_sq_norm_args* args) { return samk::passes().sq_norm(*plan, *args); }
-int samk_perturb(const samk_plan* plan, const samk_perturb_args* args) { return samk::passes().perturb(*plan, *args); }
-int samk_restore(const samk_plan* plan, const samk_restore_args* args) { return samk::passes().restore(*plan, *args); }
+int samk_sq_norm(const samk_plan* plan, const samk_sq_norm_args* args) {
+  return samk::passes().sq_norm(*plan, *args);
+}
+int samk_perturb(const samk_plan* plan, const samk_perturb_args* args) {
+  return samk::passes().perturb(*plan, *args);
+}
+int samk_restore(const samk_plan* plan, const samk_restore_args* args) {
+  return samk::passes().restore(*plan, *args);
+}
 int samk_grad_stats(const samk_plan* plan, const samk_grad_stats_args* args) {
   return samk::passes().grad_stats(*plan, *args);
 }
-int samk_combine(const samk_plan* plan, const samk_combine_args* args) { return samk::passes().combine(*plan, *args); }
-int samk_descend(const samk_plan* plan, const samk_descend_args* args) { return samk::passes().descend(*plan, *args); }
+int samk_combine(const samk_plan* plan, const samk_combine_args* args) {
+  return samk::passes().combine(*plan, *args);
+}
+int samk_descend(const samk_plan* plan, const samk_descend_args* args) {
+  return samk::passes().descend(*plan, *args);
+}
 
 const char* samk_cpu_isa(void) { return samk::passes().isa; }
 

@@ -64,7 +64,8 @@ int grad_stats(const samk_plan& plan, const samk_grad_stats_args& a) {
   double* const partials = plan.partials.data();
   const int status = with_dtype("grad_stats", a.list[0].dtype, [&](auto type) {
     using T = decltype(type);
-    for_each_chunk(plan, [&](const Chunk& chunk, int64_t c) { stats_chunk<T>(a, chunk, partials + c * dots); });
+    for_each_chunk(plan,
+                   [&](const Chunk& chunk, int64_t c) { stats_chunk<T>(a, chunk, partials + c * dots); });
     return 0;
   });
   if (status != 0) return status;

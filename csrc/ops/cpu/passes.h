@@ -2,7 +2,7 @@
 #ifndef SAM_KERNELS_OPS_CPU_PASSES_H_
 #define SAM_KERNELS_OPS_CPU_PASSES_H_
 
-#include "ops/sam_kernels.h"
+#include "sam_kernels.h"
 
 namespace samk {
 

@@ -1,6 +1,7 @@
+#include "math/perturb.h"
+
 #include "engine/cpu.h"
 #include "math/metric.h"
-#include "math/perturb.h"
 #include "ops/cpu/passes.h"
 
 namespace samk {
@@ -23,8 +24,8 @@ void perturb_chunk(T* w, const T* g, T* snapshot, int64_t n, bool streaming, con
 }
 
 template <class T, class Metric>
-void perturb_shaped(const samk_perturb_args& a, T* w, const T* g, T* s, int64_t n, bool streaming, double scale,
-                    const Metric& metric) {
+void perturb_shaped(const samk_perturb_args& a, T* w, const T* g, T* s, int64_t n, bool streaming,
+                    double scale, const Metric& metric) {
   using S = typename Opmath<T>::S;
   const S c = static_cast<S>(scale);
   switch (a.shape) {

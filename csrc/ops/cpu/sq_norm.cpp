@@ -91,7 +91,9 @@ int sq_norm(const samk_plan& plan, const samk_sq_norm_args& a) {
 
   const bool is_peak = a.moment == SAMK_PEAK;
   // A NaN on either side stays: the comparison is written so that it is never dropped.
-  const auto join = [is_peak](double x, double y) { return !is_peak ? x + y : (y > x || y != y) && x == x ? y : x; };
+  const auto join = [is_peak](double x, double y) {
+    return !is_peak ? x + y : (y > x || y != y) && x == x ? y : x;
+  };
   if (a.per_tensor != nullptr) std::fill_n(a.per_tensor, plan.chunks.count(), 0.0);
   double total = 0;
   for (size_t c = 0; c < chunks.size(); ++c) {

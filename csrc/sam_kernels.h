@@ -58,8 +58,16 @@ enum samk_metric {
 };
 
 // What one element u = T * g contributes to sq_norm, and the shape h(u) of the perturbation.
-enum samk_moment { SAMK_SQUARE = 0 /* u^2 */, SAMK_PEAK = 1 /* max |u| */, SAMK_POWER = 2 /* (|u|/peak)^q */ };
-enum samk_shape { SAMK_LINEAR = 0 /* u */, SAMK_SIGN = 1 /* sign(u) */, SAMK_POWERED = 2 /* sign(u)(|u|/peak)^(q-1) */ };
+enum samk_moment {
+  SAMK_SQUARE = 0 /* u^2 */,
+  SAMK_PEAK = 1 /* max |u| */,
+  SAMK_POWER = 2 /* (|u|/peak)^q */
+};
+enum samk_shape {
+  SAMK_LINEAR = 0 /* u */,
+  SAMK_SIGN = 1 /* sign(u) */,
+  SAMK_POWERED = 2 /* sign(u)(|u|/peak)^(q-1) */
+};
 
 enum samk_rule { SAMK_SGD = 0, SAMK_ADAM = 1 };
 
@@ -137,9 +145,9 @@ SAMK_API int samk_combine(const samk_plan*, const samk_combine_args*);
 // included.
 typedef struct samk_descend_args {
   samk_list params, grads, snapshots;
-  samk_list state[3];     // SGD: momentum_buffer. Adam: exp_avg, exp_avg_sq.
-  float* const* step;     // Adam: torch's 0-d float32 step counters, advanced here; NULL for SGD
-  const uint8_t* fresh;   // SGD: 1 where momentum_buffer[t] was just created and takes the gradient
+  samk_list state[3];    // SGD: momentum_buffer. Adam: exp_avg, exp_avg_sq.
+  float* const* step;    // Adam: torch's 0-d float32 step counters, advanced here; NULL for SGD
+  const uint8_t* fresh;  // SGD: 1 where momentum_buffer[t] was just created and takes the gradient
   const int32_t* row;
   const double* table;
   int32_t rule;            // enum samk_rule
@@ -155,7 +163,8 @@ SAMK_API const char* samk_last_error(void);
 // CPU library only: torch's own thread pool, handed in as the addresses of torch_parallel_for and
 // torch_get_num_threads (stable C symbols of libtorch_cpu). Without them passes run on the caller.
 typedef void (*samk_range_fn)(int64_t begin, int64_t end, void* context);
-typedef int32_t (*samk_parallel_for_fn)(int64_t begin, int64_t end, int64_t grain, samk_range_fn, void* context);
+typedef int32_t (*samk_parallel_for_fn)(int64_t begin, int64_t end, int64_t grain, samk_range_fn,
+                                        void* context);
 typedef int32_t (*samk_num_threads_fn)(uint32_t* out);
 SAMK_API void samk_set_thread_pool(samk_parallel_for_fn, samk_num_threads_fn);
 
