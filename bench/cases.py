@@ -166,7 +166,9 @@ class Base:
     slots: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
 
-    def build(self, params: list[Tensor], slots: dict[str, list[Tensor]] | None, **form: Any) -> torch.optim.Optimizer:
+    def build(
+        self, params: list[Tensor], slots: dict[str, list[Tensor]] | None, **form: Any
+    ) -> torch.optim.Optimizer:
         """The optimizer in the given form (foreach=, fused=), its state in `slots` if there are any."""
         optimizer = self.kind(params, **self.options, **form)
         self.adopt(optimizer, params, slots)
@@ -195,7 +197,9 @@ BASES = {
             ("momentum_buffer",),
             {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4},
         ),
-        Base("adamw", "AdamW", torch.optim.AdamW, ("exp_avg", "exp_avg_sq"), {"lr": 1e-4, "weight_decay": 0.01}),
+        Base(
+            "adamw", "AdamW", torch.optim.AdamW, ("exp_avg", "exp_avg_sq"), {"lr": 1e-4, "weight_decay": 0.01}
+        ),
     )
 }
 
@@ -211,8 +215,8 @@ class Workspace:
     def __init__(self, shapes: list[Shape], dtype: torch.dtype, base: Base, seed: int = 0) -> None:
         self.dtype = dtype
         self.numel = sum(map(_numel, shapes))
-        self._seed = seed
         self._weights = [torch.empty(shape, dtype=dtype) for shape in shapes]
+        self._initial = self._random(WEIGHT_SIZE, seed)
         self.slots = {name: [torch.zeros_like(w) for w in self._weights] for name in base.slots}
         self.first = self._random(GRAD_SIZE, seed + 1)
         self.second = self._random(GRAD_SIZE, seed + 2)
@@ -225,11 +229,9 @@ class Workspace:
 
     def reset(self) -> None:
         """Initial weights, zero state."""
-        for weight, drawn in zip(self._weights, self._random(WEIGHT_SIZE, self._seed), strict=True):
-            weight.copy_(drawn)
+        torch._foreach_copy_(self._weights, self._initial)
         for tensors in self.slots.values():
-            for tensor in tensors:
-                tensor.zero_()
+            torch._foreach_zero_(tensors)
 
     def parameters(self) -> list[Tensor]:
         """Parameter objects of one peer on the common storage, carrying the first gradients."""
@@ -238,8 +240,8 @@ class Workspace:
         return params
 
     def weights64(self) -> list[Tensor]:
-        """The present weights in float64."""
-        return [w.double() for w in self._weights]
+        """The initial weights in float64."""
+        return [w.to(torch.float64, copy=True) for w in self._initial]
 
 
 def give_gradients(params: list[Tensor], grads: list[Tensor]) -> None:

@@ -33,9 +33,14 @@ class Stop:
         for weight, param in zip(self.weights, params, strict=True):
             if weight.numel() == 0:
                 continue
-            deviation = (param.detach().double() - weight).abs_().div_(weight.abs() + self.reach)
+            deviation = (_copy64(param.detach()) - weight).abs_().div_(weight.abs() + self.reach)
             worst = max(worst, _not_finite_is_wrong(deviation.max().item()))
         return worst
+
+
+def _copy64(x: Tensor) -> Tensor:
+    """A float64 copy, also of float64: the formulas below work in place."""
+    return x.to(torch.float64, copy=True)
 
 
 def _not_finite_is_wrong(x: float) -> float:
@@ -66,13 +71,13 @@ def trajectory(workspace: Workspace, base: Base, rho: float = RHO) -> Trajectory
     perturbed = Stop([], 0.0)
     for step in range(STEPS):
         first, second = gradients_of_step(workspace, step)
-        norm = math.sqrt(sum(g.double().square_().sum().item() for g in first))
+        norm = math.sqrt(sum(_copy64(g).square_().sum().item() for g in first))
         scale = rho / (norm + EPS)
         if step == STEPS - 1:
-            perturbed.weights = [w + g.double().mul_(scale) for w, g in zip(weights, first, strict=True)]
+            perturbed.weights = [w + _copy64(g).mul_(scale) for w, g in zip(weights, first, strict=True)]
             perturbed.reach = scale * max(g.abs().max().item() for g in first)
         for t, (weight, grad) in enumerate(zip(weights, second, strict=True)):
-            update(weight, grad.double(), {name: slots[name][t] for name in slots}, step + 1, **base.options)
+            update(weight, _copy64(grad), {name: slots[name][t] for name in slots}, step + 1, **base.options)
     reach = max((w - s).abs_().max().item() for w, s in zip(weights, start, strict=True))
     return Trajectory(perturbed, Stop(weights, reach))
 

@@ -295,29 +295,94 @@ SPECS = {
     for spec in (
         Spec("ours_native", "ours, native", _with(Ours, backend="native"), 20, 0, "whole", **_OURS),
         # 12 and not 20 for the perturbation: on a CPU the scale is a number the host may look at
-        Spec("ours_foreach", "ours, foreach backend", _with(Ours, backend="foreach"), 24, 8, "foreach", 2e-5, "ours"),
-        Spec("ours_reference", "ours, reference backend", _with(Ours, backend="reference"), 0, 0, "loop", **_OURS),
+        Spec(
+            "ours_foreach",
+            "ours, foreach backend",
+            _with(Ours, backend="foreach"),
+            24,
+            8,
+            "foreach",
+            2e-5,
+            "ours",
+        ),
+        Spec(
+            "ours_reference",
+            "ours, reference backend",
+            _with(Ours, backend="reference"),
+            0,
+            0,
+            "loop",
+            **_OURS,
+        ),
         Spec("eager_default", "eager SAM, default base", _with(Eager), 48, 0, "loop"),
         Spec("eager_foreach", "eager SAM, foreach base", _with(Eager, foreach=True), 48, 0, "foreach"),
         Spec("eager_fused", "eager SAM, fused base", _with(Eager, fused=True), 48, 0, "fused"),
-        Spec("po_loop", "pytorch-optimizer, foreach off", _with(PytorchOptimizer, foreach=False), 40, 8, "loop"),
         Spec(
-            "po_fused", "pytorch-optimizer, fused base", _with(PytorchOptimizer, foreach=False, fused=True), 40, 8, "fused"
+            "po_loop", "pytorch-optimizer, foreach off", _with(PytorchOptimizer, foreach=False), 40, 8, "loop"
         ),
-        Spec("po_foreach", "pytorch-optimizer, foreach on", _with(PytorchOptimizer, foreach=True), 40, 8, "foreach"),
+        Spec(
+            "po_fused",
+            "pytorch-optimizer, fused base",
+            _with(PytorchOptimizer, foreach=False, fused=True),
+            40,
+            8,
+            "fused",
+        ),
+        Spec(
+            "po_foreach",
+            "pytorch-optimizer, foreach on",
+            _with(PytorchOptimizer, foreach=True),
+            40,
+            8,
+            "foreach",
+        ),
         Spec("foreach", "torch._foreach, fused base", _with(Foreach, fused=True), 32, 8, "fused"),
         Spec(
-            "foreach_item", "torch._foreach, host scale, fused", _with(Foreach, reads_host=True, fused=True), 24, 8, "fused"
+            "foreach_item",
+            "torch._foreach, host scale, fused",
+            _with(Foreach, reads_host=True, fused=True),
+            24,
+            8,
+            "fused",
         ),
-        Spec("compile_own", "torch.compile, foreach update", _with(Compiled, own_update=True), 20, 0, "whole", kind="compiled"),
-        Spec("compile_torch", "torch.compile, torch's step", _with(Compiled, own_update=False), 20, 0, "whole", kind="compiled"),
-        Spec("base_alone", "base alone, fused (no SAM)", _with(BaseAlone, fused=True), 0, 0, "fused", kind="bound"),
+        Spec(
+            "compile_own",
+            "torch.compile, foreach update",
+            _with(Compiled, own_update=True),
+            20,
+            0,
+            "whole",
+            kind="compiled",
+        ),
+        Spec(
+            "compile_torch",
+            "torch.compile, torch's step",
+            _with(Compiled, own_update=False),
+            20,
+            0,
+            "whole",
+            kind="compiled",
+        ),
+        Spec(
+            "base_alone",
+            "base alone, fused (no SAM)",
+            _with(BaseAlone, fused=True),
+            0,
+            0,
+            "fused",
+            kind="bound",
+        ),
     )
 }
 
+# The bytes of our own step as copies of vectors as long as the list, one contestant per tool.
 COPY = "copy"
-COPY_LABEL = "our bytes as plain copies"
+
+
+def is_copy(key: str) -> bool:
+    return key.startswith(COPY)
 
 
 def label(key: str) -> str:
-    return COPY_LABEL if key == COPY else SPECS[key].label
+    """How tables and pictures call a peer."""
+    return "our bytes as plain copies" if is_copy(key) else SPECS[key].label

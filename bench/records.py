@@ -32,6 +32,13 @@ def measured(peer: str, metric: str, samples: Sequence[float], **more: Any) -> R
     return {"peer": peer, "metric": metric, **quantiles(rounded), "samples": rounded, **more}
 
 
+def divided(above: Row, below: Row, weight: float = 1.0) -> dict[str, float]:
+    """Quantiles of weight * above / below, round by round; of the medians if they had no rounds in common."""
+    if len(above["samples"]) != len(below["samples"]):
+        return {name: weight * above[name] / below["p50"] for name in ("p20", "p50", "p80")}
+    return quantiles([weight * a / b for a, b in zip(above["samples"], below["samples"], strict=True)])
+
+
 def single(peer: str, metric: str, value: Any, **more: Any) -> Row:
     """A row of one value."""
     return {"peer": peer, "metric": metric, "value": value, **more}
@@ -84,7 +91,7 @@ class Results:
         above, below = self.find(unit, peer, metric), self.find(unit, ours, metric)
         if above is None or below is None:
             return None
-        return quantiles([a / b for a, b in zip(above["samples"], below["samples"], strict=True)])
+        return divided(above, below)
 
     def peers(self, unit: str) -> list[str]:
         return list(dict.fromkeys(row["peer"] for row in self.rows if row["unit"] == unit))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,9 @@ import torch
 from . import oracle, stream
 from .cases import BASES, CASES, Base, Workspace, give_gradients
 from .memory import metered
-from .peers import COPY, SPECS, Spec, Unavailable
+from .peers import COPY, SPECS, Spec, Unavailable, is_copy
 from .records import Row, measured, single
-from .timing import Contestant, Effort, interleave
+from .timing import Contestant, Effort, Samples, interleave
 
 Log = Callable[[str], None]
 Tick = Callable[[int, int], None]
@@ -65,6 +65,8 @@ def measure(unit: Unit, effort: Effort, log: Log, tick: Tick) -> list[Row]:
             rows.append(single(key, "skipped", str(reason)))
             log(f"  skipped  {spec.label}: {reason}")
             continue
+        except Exception as error:  # a broken peer must not cost the others their numbers
+            peer, found, verdict = None, [], f"raised {type(error).__name__}: {error}"
         rows += found
         if verdict is not None:
             rows.append(single(key, "wrong", verdict))
@@ -74,13 +76,18 @@ def measure(unit: Unit, effort: Effort, log: Log, tick: Tick) -> list[Row]:
     del truth
     workspace.reset()
     if unit.section == "step":
-        contestants[COPY] = _copy_contestant(workspace, base)
-    for key, parts in interleave(contestants, effort, tick).items():
+        contestants |= _copy_contestants(workspace, base)
+    samples = interleave(contestants, effort, tick)
+    rows += _keep_one(samples)
+    for key, parts in samples.items():
         # Quantiles of the sum, which are not the sums of quantiles.
         totals = [sum(values) for values in zip(*parts.values(), strict=True)]
         per_phase = _bytes(key, base, workspace)
         for metric, samples, count in zip(
-            ("phase1_ms", "phase2_ms", "total_ms"), (*parts.values(), totals), (*per_phase, sum(per_phase)), strict=True
+            ("phase1_ms", "phase2_ms", "total_ms"),
+            (*parts.values(), totals),
+            (*per_phase, sum(per_phase)),
+            strict=True,
         ):
             rows.append(measured(key, metric, [1e3 * s for s in samples], bytes=count))
     torch._dynamo.reset()
@@ -189,43 +196,47 @@ def _step_of(peer: Any, workspace: Workspace) -> Contestant:
 
 def _bytes(key: str, base: Base, workspace: Workspace) -> tuple[float, float]:
     """Bytes each phase must move."""
-    spec = SPECS["ours_native" if key == COPY else key]
+    spec = SPECS["ours_native" if is_copy(key) else key]
     first, second = spec.phase_bytes(base, workspace.dtype.itemsize)
     return first * workspace.numel, second * workspace.numel
 
 
-def _copy_contestant(workspace: Workspace, base: Base) -> Contestant:
-    """The bytes of our step as copies of vectors as long as the list, by the fastest tool at that size."""
-    elements = max(64, workspace.numel * workspace.dtype.itemsize // 4)
+def _copy_contestants(workspace: Workspace, base: Base) -> dict[str, Contestant]:
+    """The bytes of our step as copies of vectors as long as the list, with every tool there is."""
+    elements = max(1, workspace.numel * workspace.dtype.itemsize // 4)
     out, x = torch.zeros(elements), torch.ones(elements)
-    tool = min(stream.copies(out, x), key=lambda name: _best_of(stream.copies(out, x)[name]))
+    phases = _bytes(COPY, base, workspace)
 
-    def pieces(count: float) -> list[Callable[[], object]]:
+    def pieces(tool: str, count: float) -> list[Callable[[], object]]:
         whole, rest = divmod(int(count / 8), elements)
         parts = [stream.copies(out, x)[tool]] * whole
-        return parts + ([stream.copies(out[:rest], x[:rest])[tool]] if rest >= 64 else [])
+        last = stream.copies(out[:rest], x[:rest])
+        return parts + ([last[tool]] if rest and tool in last else [])
 
-    phases = [pieces(count) for count in _bytes(COPY, base, workspace)]
+    def contestant(tool: str) -> Contestant:
+        first, second = (_clocked(pieces(tool, count)) for count in phases)
+        return lambda: {"phase1": first(), "phase2": second()}
 
-    def contestant() -> dict[str, float]:
-        seconds = {}
-        for name, parts in zip(("phase1", "phase2"), phases, strict=True):
-            start = time.perf_counter()
-            for part in parts:
-                part()
-            seconds[name] = time.perf_counter() - start
-        return seconds
-
-    return contestant
+    return {tool: contestant(tool) for tool in stream.copies(out, x)}
 
 
-def _best_of(run: Callable[[], object], times: int = 5) -> float:
-    best = float("inf")
-    for _ in range(times):
+def _clocked(parts: list[Callable[[], object]]) -> Callable[[], float]:
+    """Seconds for running the parts one after another."""
+
+    def run() -> float:
         start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best
+        for part in parts:
+            part()
+        return time.perf_counter() - start
+
+    return run
 
 
-warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
+def _keep_one(samples: Samples) -> list[Row]:
+    """Of the tools that copy, keep the fastest as COPY, and a row that says which it was."""
+    tools = {name: samples.pop(name) for name in list(samples) if is_copy(name)}
+    if not tools:
+        return []
+    fastest = min(tools, key=lambda name: sum(map(statistics.median, tools[name].values())))
+    samples[COPY] = tools[fastest]
+    return [single(COPY, "tool", fastest)]

@@ -35,7 +35,9 @@ def clocked(run: Callable[[], object]) -> Contestant:
 
 
 def interleave(
-    contestants: dict[str, Contestant], effort: Effort, tick: Callable[[int, int], None] = lambda done, of: None
+    contestants: dict[str, Contestant],
+    effort: Effort,
+    tick: Callable[[int, int], None] = lambda done, of: None,
 ) -> Samples:
     """Seconds of every part of every contestant, one entry per round, in the order of rounds.
 

@@ -186,7 +186,10 @@ def score(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
 
 
 def sharpness(model: nn.Module, x: Tensor, y: Tensor, rho: float) -> float:
-    """``L(w + rho g / ||g||) - L(w)`` on all of x, in eval mode; the weights return bit for bit."""
+    """``L(w + rho g / ||g||) - L(w)`` on all of x, in eval mode; the weights return bit for bit.
+
+    It grows with the loss: compare models that fit their data equally well.
+    """
     model.eval()
     opt = SAM(model.parameters(), SGD, rho=rho, lr=0.0)
     opt.zero_grad()
@@ -241,12 +244,15 @@ def table(runs: list[Run]) -> Table:
     out.add_row("epochs", *(str(len(of(runs, method)[0].gradients)) for method in shown))
     row("training accuracy, %", lambda run: run.train_accuracy, 2)
     row("test accuracy, %", lambda run: run.test_accuracy[-1], 2)
-    row("gap in accuracy, points", lambda run: run.accuracy_gap, 2)
-    row("gap in loss", lambda run: run.gap, 4)
+    row("accuracy gap, points", lambda run: run.accuracy_gap, 2)
+    row("training loss", lambda run: run.train_loss, 4)
+    row("loss gap", lambda run: run.gap, 4)
     row("sharpness, 1e-3", lambda run: 1e3 * run.sharpness, 3)
     row("step, ms", lambda run: run.step_ms, 2)
-    times = [statistics.median(run.step_ms for run in of(runs, method)) for method in shown]
-    out.add_row(f"step / {shown[0].name} step", *(f"{ms / times[0]:.2f}" for ms in times))
+    ratios = [[run.step_ms / base.step_ms for run, base in pairs(runs, method)] for method in shown]
+    out.add_row(
+        f"step / {METHODS[0].name} step", *(f"{statistics.median(r):.2f}" if r else "" for r in ratios)
+    )
     return out
 
 
@@ -254,25 +260,29 @@ def _plus_minus(spread: float, digits: int) -> str:
     return "" if math.isnan(spread) else f" ± {spread:.{digits}f}"
 
 
+def pairs(runs: list[Run], method: Method) -> list[tuple[Run, Run]]:
+    """Runs of a method, each with the base optimizer's of the same seed."""
+    base = {run.seed: run for run in of(runs, METHODS[0])}
+    return [(run, base[run.seed]) for run in of(runs, method) if run.seed in base]
+
+
 def sentences(runs: list[Run]) -> list[str]:
     """What the numbers say, computed: paired by seed against the base optimizer."""
-    base = {run.seed: run for run in of(runs, METHODS[0])}
     out = []
     for method in METHODS[1:]:
-        pairs = [(run, base[run.seed]) for run in of(runs, method) if run.seed in base]
-        if not pairs:
+        paired = pairs(runs, method)
+        if not paired:
             continue
-        ratio = statistics.mean(a.sharpness for a, _ in pairs) / statistics.mean(
-            b.sharpness for _, b in pairs
+        ratio = sum(run.sharpness for run, _ in paired) / sum(base.sharpness for _, base in paired)
+        gains = [run.test_accuracy[-1] - base.test_accuracy[-1] for run, base in paired]
+        mean, spread = mean_and_spread(gains)
+        sentence = (
+            f"{method.name}: {ratio:.2f} times the sharpness of {METHODS[0].name}; test accuracy {mean:+.2f}"
         )
-        mean, spread = mean_and_spread([a.test_accuracy[-1] - b.test_accuracy[-1] for a, b in pairs])
-        sentence = f"{method.name}: sharpness {ratio:.2f} times {METHODS[0].name}'s; test accuracy {mean:+.2f} points"
-        if len(pairs) > 1:
-            error = spread / len(pairs) ** 0.5
-            verdict = "more" if abs(mean) > 2 * error else "not more"
-            sentence += (
-                f", {verdict} than two standard errors ({error:.2f} each) of {len(pairs)} paired seeds"
-            )
+        if len(gains) > 1:
+            error = spread / len(gains) ** 0.5
+            size = "more" if abs(mean) > 2 * error else "not more"
+            sentence += f", {size} than two standard errors ({error:.2f} each, {len(gains)} seeds in pairs)"
         out.append(f"{sentence}.")
     return out
 
@@ -296,8 +306,9 @@ def picture(runs: list[Run], path: Path, title: str) -> None:
         "ytick.color": "#444444",
     }
     with plt.rc_context(style):
-        figure = plt.figure(figsize=(11, 7.2), layout="constrained")
-        figure.suptitle(title, x=0.012, ha="left", fontsize=13)
+        figure = plt.figure(figsize=(11, 7.4), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13)
         grid = figure.add_gridspec(2, 6, height_ratios=(1.15, 1))
         _curves(figure.add_subplot(grid[0, :3]), runs, "test_accuracy", "Test accuracy, percent")
         _curves(figure.add_subplot(grid[0, 3:]), runs, "test_loss", "Test loss")
@@ -306,12 +317,20 @@ def picture(runs: list[Run], path: Path, title: str) -> None:
         _bars(
             figure.add_subplot(grid[1, 2:4]),
             runs,
-            lambda run: run.sharpness,
-            f"Sharpness  L(w + ρ g/‖g‖) − L(w),  ρ = {RADIUS}",
+            lambda run: 1e3 * run.sharpness,
+            f"Sharpness at ρ = {RADIUS}, thousandths",
         )
         _bars(figure.add_subplot(grid[1, 4:]), runs, lambda run: run.step_ms, "Step time, ms")
+        figure.text(
+            0.01,
+            -0.005,
+            "Lines and bars: mean; bands: lowest to highest seed; dots: seeds. "
+            "Sharpness: L(w + ρ g/‖g‖) − L(w) on the training set, in eval mode.",
+            color="#666666",
+            va="top",
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.15)
         plt.close(figure)
 
 
@@ -375,6 +394,77 @@ def record(runs: list[Run], path: Path, arguments: argparse.Namespace, seconds: 
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
+# ---- step throughput -------------------------------------------------------------------------------
+
+CONTENDERS = ("base_alone", "eager_default", "po_foreach", "foreach", "ours_foreach", "ours_native")
+REFERENCE = "eager_default"
+
+
+def throughput(console: Console, quick: bool) -> Table:
+    """Steps per second on the weights of a ResNet-50, gradients already there: `bench` in small.
+
+    Raises:
+        ImportError: if `bench`, which lies beside this folder in the repository, is not there.
+    """
+    from bench.cases import BASES, CASES, Workspace
+    from bench.peers import SPECS, Unavailable
+    from bench.timing import Effort, interleave
+
+    base, effort = BASES["sgd"], Effort(warmup=1, fewest=5, most=40, seconds=1 if quick else 8)
+    # Cut to this many elements a tensor, a quick look shows the cost of the calls and none of the memory.
+    workspace = Workspace(CASES["resnet50"].shapes(1000 if quick else None), torch.float32, base)
+    contestants = {}
+    for key in CONTENDERS:
+        try:
+            peer = SPECS[key].make(workspace.parameters(), base, workspace.slots)
+        except Unavailable as reason:
+            console.print(f"{SPECS[key].label}: {reason}", style="dim", highlight=False)
+        else:
+            contestants[key] = _timed_step(peer)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("steps", total=None)
+        samples = interleave(
+            contestants, effort, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    seconds = {key: parts["step"] for key, parts in samples.items()}
+
+    size = "each cut to 1,000 elements" if quick else f"{workspace.numel / 1e6:.1f} million weights"
+    out = Table(
+        title=f"SAM around SGD momentum, ResNet-50's {len(workspace.first)} tensors, {size}",
+        title_justify="left",
+        caption=f"{len(seconds[REFERENCE])} interleaved rounds; x eager: median of ratios",
+        caption_justify="left",
+    )
+    out.add_column("")
+    for name in ("ms", "20 to 80 %", "steps/s", "x eager"):
+        out.add_column(name, justify="right")
+    for key, times in seconds.items():
+        low, middle, high = (1e3 * quantile for quantile in _quantiles(times))
+        # Rounds are slow together on a busy machine, so each is compared with itself.
+        faster = statistics.median(a / b for a, b in zip(seconds[REFERENCE], times, strict=True))
+        digits = 0 if middle >= 100 else 2
+        spread = f"{low:.{digits}f} to {high:.{digits}f}"
+        out.add_row(SPECS[key].label, f"{middle:.{digits}f}", spread, f"{1e3 / middle:.1f}", f"{faster:.2f}")
+    return out
+
+
+def _timed_step(peer: Any) -> Callable[[], dict[str, float]]:
+    def step() -> dict[str, float]:
+        start = time.perf_counter()
+        peer.step_phase1()
+        peer.step_phase2()
+        return {"step": time.perf_counter() - start}
+
+    return step
+
+
+def _quantiles(values: list[float]) -> tuple[float, float, float]:
+    low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    )
+    return low.item(), middle.item(), high.item()
+
+
 # ---- the program -----------------------------------------------------------------------------------
 
 
@@ -410,11 +500,11 @@ def show(runs: list[Run], asked: argparse.Namespace, seconds: float, console: Co
     console.print(table(runs))
     noise = f", {asked.noise:.0%} of the training labels wrong" if asked.noise else ""
     console.print(
-        f"Mean ± standard deviation over seeds 0 to {seeds - 1}{noise}. "
+        (f"Mean ± standard deviation over {seeds} seeds{noise}. " if seeds > 1 else f"One seed{noise}. ")
         + "; ".join(f"{method.name} {method.says}" for method in METHODS)
-        + f"; batch {BATCH}, lr {BASE['lr']} falling to 0, weight decay {BASE['weight_decay']}. Gaps: training "
-        "minus test accuracy, test minus training loss. Sharpness: by how much the training loss rises at "
-        f"w + rho g/||g||, rho {RADIUS} for all. {seconds:.0f} s.",
+        + f"; batch {BATCH}, lr {BASE['lr']} falling to 0, weight decay {BASE['weight_decay']}. Gaps: "
+        "training minus test accuracy, test minus training loss. Sharpness: by how much the training loss "
+        f"rises at w + rho g/||g||, rho {RADIUS} for all. {seconds:.0f} s.",
         style="dim",
         highlight=False,
     )
@@ -433,7 +523,6 @@ def main(arguments: list[str] | None = None) -> int:
     data = load(asked.noise)
     start = time.perf_counter()
     runs: list[Run] = []
-    interrupted = False
     threads = torch.get_num_threads()
     # The network is so small that waiting for a second thread on a busy machine costs more than it does.
     torch.set_num_threads(1)
@@ -441,13 +530,23 @@ def main(arguments: list[str] | None = None) -> int:
         for run in train_all(asked.seeds, asked.epochs, data, console):
             runs.append(run)
     except KeyboardInterrupt:
-        interrupted = True
         console.print(f"Interrupted after {len(runs)} of {asked.seeds * len(METHODS)} runs.")
+        if runs:
+            show(runs, asked, time.perf_counter() - start, console)
+        return 130
     finally:
         torch.set_num_threads(threads)
-    if runs:
-        show(runs, asked, time.perf_counter() - start, console)
-    if interrupted:
+    show(runs, asked, time.perf_counter() - start, console)
+    if asked.no_bench:
+        return 0
+    console.print()
+    try:
+        console.print(throughput(console, asked.quick))
+        console.print("More lists, base optimizers and passes: python -m bench", highlight=False)
+    except ImportError as error:
+        console.print(f"No step throughput: {error}. Run this from the root of the repository.")
+    except KeyboardInterrupt:
+        console.print("Interrupted while timing.")
         return 130
     return 0
 

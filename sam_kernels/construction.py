@@ -42,7 +42,8 @@ def build_base(params: Any, base_optimizer: Any, base_kwargs: dict[str, Any]) ->
     """The base optimizer: the instance given, or one built from the class."""
     if isinstance(base_optimizer, Optimizer):
         return _check_instance(params, base_optimizer, base_kwargs)
-    if not callable(base_optimizer):
+    is_other_class = isinstance(base_optimizer, type) and not issubclass(base_optimizer, Optimizer)
+    if not callable(base_optimizer) or is_other_class or isinstance(base_optimizer, nn.Module):
         raise TypeError(
             f"SAM: base_optimizer is {base_optimizer!r}; expected an optimizer class such as "
             "torch.optim.SGD, or an instance"

@@ -1,8 +1,8 @@
 """The passes by themselves, as functions over tensor lists and as operators of torch.
 
 ``sam_kernels.ops.perturb_(...)`` chooses a backend and runs; ``torch.ops.sam_kernels.perturb_`` is
-the same behind a schema, for `torch.compile` and `torch.library.opcheck`. The optimizer itself keeps
-its lists between steps and does not come through here.
+the same behind a schema, for `torch.compile` and `torch.library.opcheck`. The optimizer keeps its
+lists between steps; it takes from here only the choice of a backend.
 
 Lists are parallel: element t of each belongs to parameter t and shares its shape, dtype and device;
 all tensors of a call share one device and dtype. Scalars that passes hand to each other (sums, norms)
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backends
+from .backends import Backend, Report, check_wish, resolve
 from .tensor_groups import ADAPTIVE, EUCLIDEAN, TensorGroup, is_dense
 
 
@@ -52,7 +52,7 @@ def sq_norm(
         raise ValueError("sq_norm: adaptive=True needs params, whose sizes T = |w| + eta takes")
     group = _group("sq_norm", weights, {"grads": grads}, adaptive=adaptive, eta=eta)
     group.grads = list(grads)
-    return backends.resolve(group, backend)[0].sq_norm(group)
+    return resolve(group, backend)[0].sq_norm(group)
 
 
 def perturb_(
@@ -97,7 +97,7 @@ def perturb_(
         eps=eps,
     )
     group.grads, group.snapshots = list(grads), list(snapshots)
-    backends.resolve(group, backend)[0].perturb_(group, _scalar("perturb_", "norm", norm, group))
+    resolve(group, backend)[0].perturb_(group, _scalar("perturb_", "norm", norm, group))
 
 
 def restore_(params: Sequence[Tensor], snapshots: Sequence[Tensor], *, backend: str = "auto") -> None:
@@ -119,7 +119,7 @@ def restore_(params: Sequence[Tensor], snapshots: Sequence[Tensor], *, backend: 
     """
     group = _group("restore_", params, {"snapshots": snapshots})
     group.snapshots = list(snapshots)
-    backends.resolve(group, backend)[0].restore_(group)
+    resolve(group, backend)[0].restore_(group)
 
 
 def grad_stats(lists: Sequence[Sequence[Tensor]], *, backend: str = "auto") -> Tensor:
@@ -141,7 +141,7 @@ def grad_stats(lists: Sequence[Sequence[Tensor]], *, backend: str = "auto") -> T
     """
     _check_count("grad_stats", "lists", lists, 3)
     group = _group("grad_stats", lists[0], {f"lists[{i}]": item for i, item in enumerate(lists)})
-    return backends.resolve(group, backend)[0].grad_stats(group, [list(item) for item in lists])
+    return resolve(group, backend)[0].grad_stats(group, [list(item) for item in lists])
 
 
 def combine_(
@@ -179,7 +179,7 @@ def combine_(
             f"combine_: coefficients is {coefficients.dtype} {tuple(coefficients.shape)}; "
             f"expected torch.float64 {expected}, one row per output"
         )
-    backends.resolve(group, backend)[0].combine_(
+    resolve(group, backend)[0].combine_(
         group, [list(item) for item in outs], [list(item) for item in lists], coefficients.to(group.device)
     )
 
@@ -228,7 +228,7 @@ def descend_sgd_(
     group.grads = list(grads)
     group.snapshots = list(snapshots) or _missing(count)
     slots = {"momentum_buffer": list(momentum_buffers) or _missing(count), "fresh": []}
-    backends.resolve(group, backend)[0].descend_(group, "sgd", slots)
+    resolve(group, backend)[0].descend_(group, "sgd", slots)
 
 
 def descend_adam_(
@@ -285,7 +285,7 @@ def descend_adam_(
     group.grads = list(grads)
     group.snapshots = list(snapshots) or _missing(len(group.params))
     slots = {"exp_avg": list(exp_avgs), "exp_avg_sq": list(exp_avg_sqs), "step": list(steps)}
-    backends.resolve(group, backend)[0].descend_(group, "adam", slots)
+    resolve(group, backend)[0].descend_(group, "adam", slots)
 
 
 def _group(
@@ -346,6 +346,20 @@ def _scalar(owner: str, name: str, value: Tensor, group: TensorGroup) -> Tensor:
 # note: [schemas in Python]
 # They need no compiled module, so a build without a compiler is complete, and every backend is
 # reachable through them. The functions above choose the backend.
+
+__all__ = [
+    "Backend",
+    "Report",
+    "check_wish",
+    "combine_",
+    "descend_adam_",
+    "descend_sgd_",
+    "grad_stats",
+    "perturb_",
+    "resolve",
+    "restore_",
+    "sq_norm",
+]
 
 _library = torch.library.Library("sam_kernels", "DEF")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import backends, perturbation, state
+from . import ops, perturbation, state
 from .construction import build_base, choose_recipe, member_lookup, warn_if_names_are_missing
 from .perturbation import Measure, Served
 from .policies import Adaptive, Euclidean
@@ -79,7 +79,7 @@ class SAM(Optimizer):
         **base_kwargs: Any,
     ) -> None:
         chosen = choose_recipe(recipe, rho, adaptive)
-        backends.check_wish(backend)
+        ops.check_wish(backend)
         self.base_optimizer = build_base(params, base_optimizer, base_kwargs)
         self.recipe = chosen
         self.backend = backend
@@ -319,7 +319,7 @@ class SAM(Optimizer):
         """
         return {}
 
-    def backends(self) -> backends.Report:
+    def backends(self) -> ops.Report:
         """What runs where, and why the others were passed over; print it.
 
         Example:
@@ -332,12 +332,12 @@ class SAM(Optimizer):
         lines = [f"recipe '{self.recipe.name}' around {type(self.base_optimizer).__name__}"]
         for group, backend in self._groups():
             lines.append(f"{group!r}: {backend.name}")
-            _, refusals = backends.resolve(group, self.backend)
+            _, refusals = ops.resolve(group, self.backend)
             lines += [f"  passed over {name}: {sentence}" for name, sentence in refusals.items()]
         rule, sentence = state.fused_rule(self.base_optimizer)
         how = "one pass with the restore" if rule else f"restore, then its own step: {sentence}"
         lines.append(f"base update: {how}")
-        return backends.Report("\n".join(lines))
+        return ops.Report("\n".join(lines))
 
     # ---- the passes, in the order of a step ----------------------------------------------------
 
@@ -413,17 +413,22 @@ class SAM(Optimizer):
 
     def _groups(self) -> Served:
         """The tensor groups with their backends, rebuilt when parameters were replaced or moved."""
-        layout: list[Any] = [id(p) for group in self.param_groups for p in group["params"]]
+        layout: list[Any] = []
+        for group in self.param_groups:
+            layout.extend(map(id, group["params"]))
         layout.extend((len(group["params"]), group.get("adaptive")) for group in self.param_groups)
         if self._served is not None and layout == self._layout:
             if all(group.is_current() for group, _ in self._served):
                 return self._served
+        for index, group in enumerate(self.param_groups):
+            if "sam_step" not in group:  # added behind our back, through the base optimizer
+                self._adopt_group(index)
         groups = collect(self.param_groups, self.recipe, member_lookup(self.param_groups, self.model))
         if groups and all(metric == FIXED for group in groups for _, metric, _ in group.keys):
             raise ValueError(
                 f"recipe '{self.recipe.name}' selects none of the parameters; nothing would be perturbed"
             )
-        self._served = [(group, backends.resolve(group, self.backend)[0]) for group in groups]
+        self._served = [(group, ops.resolve(group, self.backend)[0]) for group in groups]
         self._layout = layout
         return self._served
 

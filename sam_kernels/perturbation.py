@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Backend
+from .ops import Backend
 from .policies import LayerWise
 from .recipe import Recipe
 from .tensor_groups import TensorGroup

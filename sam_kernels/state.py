@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from .tensor_groups import TensorGroup
+from .tensor_groups import TensorGroup, has_none
 
 # Flags under which torch's own step differs from what `descend_` computes.
 _UNFUSED_FLAGS = ("amsgrad", "capturable", "differentiable")
@@ -93,12 +93,11 @@ def _momentum(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict
     with_momentum = [base.param_groups[key[0]]["momentum"] != 0 for key in group.keys]
     if not any(with_momentum):
         return {"momentum_buffer": [None] * len(group.params), "fresh": []}
-    # state.get, not state[...]: a defaultdict would grow entries for parameters without gradients.
-    buffers = [
-        None if grad is None else state.get(param, _NOTHING).get("momentum_buffer")
-        for param, grad in zip(group.params, group.grads, strict=True)
-    ]
+    buffers = [entry.get("momentum_buffer") for entry in _entries(base, group)]
     fresh: list[bool] = []
+    if all(with_momentum) and group.has_all_grads and not has_none(buffers):
+        _fit(base, group, "momentum_buffer", buffers)
+        return {"momentum_buffer": buffers, "fresh": fresh}
     for t, (buffer, grad) in enumerate(zip(buffers, group.grads, strict=True)):
         if buffer is None and grad is not None and with_momentum[group.row[t]]:
             if not fresh:
@@ -108,37 +107,49 @@ def _momentum(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict
             fresh[t] = True
             buffers[t] = _empty_like(group.params[t])
             state[group.params[t]]["momentum_buffer"] = buffers[t]
-    if not all(with_momentum):
-        buffers = [buffer if with_momentum[r] else None for buffer, r in zip(buffers, group.row, strict=True)]
+    buffers = [
+        buffer if grad is not None and with_momentum[r] else None
+        for buffer, grad, r in zip(buffers, group.grads, group.row, strict=True)
+    ]
     _fit(base, group, "momentum_buffer", buffers)
     return {"momentum_buffer": buffers, "fresh": fresh}
 
 
 def _moments(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict[str, list[Any]] | None:
     state = base.state
-    entries = []
+    entries = list(_entries(base, group))
     creates = False
-    for param, grad in zip(group.params, group.grads, strict=True):
+    for t, (param, grad) in enumerate(zip(group.params, group.grads, strict=True)):
+        entry = entries[t]
         if grad is None:
-            entries.append(_NOTHING)
-            continue
-        entry = state.get(param, _NOTHING)
-        if "step" not in entry:
+            entries[t] = _NOTHING
+        elif "step" not in entry:
             if not creates and _is_skipped(guard):
                 return None
             creates = True
-            entry = state[param]
+            entry = entries[t] = state[param]
             entry["step"] = torch.tensor(0.0, dtype=torch.float32)
             entry["exp_avg"] = torch.zeros_like(param, requires_grad=False)
             entry["exp_avg_sq"] = torch.zeros_like(param, requires_grad=False)
-        elif entry["step"].dtype != torch.float32:
-            # torch counts in float64 under that default dtype; float32 counts as far as 16 million.
-            entry["step"] = entry["step"].float()
-        entries.append(entry)
+        elif getattr(entry["step"], "dtype", None) != torch.float32:
+            # A number in old checkpoints, float64 under that default dtype; float32 counts to 16 million.
+            entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32)
     moments = {name: [entry.get(name) for entry in entries] for name in ("exp_avg", "exp_avg_sq", "step")}
     _fit(base, group, "exp_avg", moments["exp_avg"])
     _fit(base, group, "exp_avg_sq", moments["exp_avg_sq"])
     return moments
+
+
+def _entries(base: Optimizer, group: TensorGroup) -> list[dict[str, Any]]:
+    """The state dict of each parameter, or an empty one; looked up again only when any was replaced."""
+    state = base.state
+    present = list(map(id, state.values()))
+    if group.cache.get("state ids") != present or group.cache.get("state") is not state:
+        # state.get, not state[...]: a defaultdict would grow entries for parameters without gradients.
+        group.cache["state entries"] = [state.get(param, _NOTHING) for param in group.params]
+        group.cache["state held"] = list(state.values())  # ids of dicts that live cannot be reused
+        group.cache["state ids"], group.cache["state"] = present, state
+    return group.cache["state entries"]
 
 
 def _fit(base: Optimizer, group: TensorGroup, name: str, tensors: list[Any]) -> None:

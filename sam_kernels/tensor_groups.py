@@ -19,7 +19,7 @@ from .recipe import Recipe
 
 
 class Column(IntEnum):
-    """Columns of the table of scalars; `enum samk_column` of csrc/ops/sam_kernels.h, name by name."""
+    """Columns of the table of scalars; `enum samk_column` of csrc/sam_kernels.h, name by name."""
 
     METRIC = 0
     ETA = 1
@@ -90,9 +90,12 @@ class TensorGroup:
         self.snapshots: list[Tensor | None] = [None] * len(params)
         self.cache: dict[str, Any] = {}
         self.is_perturbed = False
+        self.has_all_grads = False
+        self.reads = 0  # how often gradients were read; what a backend keeps of them is stamped with it
         self._applies = applies if applies is not None else [True] * len(params)
         self._applies_tensor: Tensor | None = None
         self._buffers: list[Tensor | None] = [None] * len(params)
+        self._full_set: list[Tensor | None] | None = None
         self._written: list[tuple[float, ...]] | None = None
         self._addresses = list(map(Tensor.data_ptr, params))
         self._layout = [(p.device, p.dtype, p.shape, p.stride()) for p in params]
@@ -137,11 +140,18 @@ class TensorGroup:
     def read_gradients(self) -> None:
         """Take the present gradients; where needed densify, cast or re-order them to fit the weights."""
         grads = [p.grad for p in self.params]
-        present = [g for g in grads if g is not None] if _has_none(grads) else grads
-        fits = self._all_contiguous and _are_plain(present, self.dtype)  # type: ignore[arg-type]
+        self.has_all_grads = True
+        try:
+            fits = self._all_contiguous and _are_plain(grads, self.dtype)  # type: ignore[arg-type]
+        except TypeError:  # a None among them; asking each one beforehand would cost a pass of its own
+            present = [g for g in grads if g is not None]
+            fits = self._all_contiguous and _are_plain(present, self.dtype)
+            self.has_all_grads = False
         if not fits:
             grads = [None if g is None else _fitted(g, p) for g, p in zip(grads, self.params, strict=True)]
+            self.has_all_grads = not has_none(grads)
         self.grads = grads
+        self.reads += 1
 
     # ---- snapshots -----------------------------------------------------------------------------
 
@@ -150,9 +160,8 @@ class TensorGroup:
 
         Buffers are allocated the first time a tensor needs one and keep their storage afterwards.
         """
-        everything = self._all_participate and not _has_none(self.grads)
-        if everything and not _has_none(self._buffers):
-            self.snapshots = list(self._buffers)
+        if self._all_participate and self.has_all_grads and self._full_set is not None:
+            self.snapshots = self._full_set
             return
         chosen = [
             takes_part and grad is not None
@@ -164,6 +173,9 @@ class TensorGroup:
         self.snapshots = [
             buffer if take else None for take, buffer in zip(chosen, self._buffers, strict=True)
         ]
+        if all(chosen):
+            # From now on the same list object: a backend that has read it need not read it again.
+            self._full_set = self.snapshots
 
     def drop_snapshots(self) -> None:
         """Forget which tensors were perturbed; the buffers stay for the next step."""
@@ -189,7 +201,7 @@ class TensorGroup:
 _NONE = id(None)
 
 
-def _has_none(items: list[Any]) -> bool:
+def has_none(items: list[Any]) -> bool:
     """``None in items`` by identity: tensors overload ==, and thousands of them would take a while."""
     return _NONE in set(map(id, items))
 

@@ -89,7 +89,9 @@ class RecipeCase:
 
 RECIPES = (
     RecipeCase("sam", "sam", partial(sam.perturbation, rho=0.05), {"rho": 0.05}),
-    RecipeCase("sam-inf", "sam", partial(sam.perturbation, rho=0.01, p=math.inf), {"rho": 0.01, "p": math.inf}),
+    RecipeCase(
+        "sam-inf", "sam", partial(sam.perturbation, rho=0.01, p=math.inf), {"rho": 0.01, "p": math.inf}
+    ),
     RecipeCase("sam-4", "sam", partial(sam.perturbation, rho=0.05, p=4.0), {"rho": 0.05, "p": 4.0}),
     RecipeCase("sam-1.5", "sam", partial(sam.perturbation, rho=0.05, p=1.5), {"rho": 0.05, "p": 1.5}),
     RecipeCase("sam-every-2", "sam", partial(sam.perturbation, rho=0.05), {"rho": 0.05}, every=2),
@@ -101,10 +103,20 @@ RECIPES = (
         {"rho": 0.02, "eta": 0.1, "p": math.inf},
     ),
     RecipeCase("adaptive", "asam", partial(asam.elementwise, rho=0.5), {"rho": 0.5}, adaptive=True),
-    RecipeCase("layerwise-operator", "layerwise_sam", partial(layerwise.operator, rho=0.05, eta=0.01), {"eta": 0.01}),
-    RecipeCase("layerwise-radius", "layerwise_sam", partial(layerwise.radius, rho=0.03), {"rho": 0.03, "form": "radius"}),
     RecipeCase(
-        "layerwise-trust", "layerwise_sam", partial(layerwise.trust_ratio, rho=0.01), {"rho": 0.01, "form": "trust_ratio"}
+        "layerwise-operator", "layerwise_sam", partial(layerwise.operator, rho=0.05, eta=0.01), {"eta": 0.01}
+    ),
+    RecipeCase(
+        "layerwise-radius",
+        "layerwise_sam",
+        partial(layerwise.radius, rho=0.03),
+        {"rho": 0.03, "form": "radius"},
+    ),
+    RecipeCase(
+        "layerwise-trust",
+        "layerwise_sam",
+        partial(layerwise.trust_ratio, rho=0.01),
+        {"rho": 0.01, "form": "trust_ratio"},
     ),
     RecipeCase("nosam", "nosam", partial(nosam.perturbation, rho=0.05), {"rho": 0.05}),
 )
@@ -121,13 +133,15 @@ class BaseCase:
 
 
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
-# Adam's eps is raised where one float32 step must stay within 1e-6: it keeps tiny gradients from being amplified
+# Adam's eps is raised: it keeps tiny gradients from being amplified, where float32 must stay within 1e-6
 SLOW = {"lr": 0.01, "eps": 1e-3}
 BASES = (
     BaseCase("sgd", SGD, bases.Sgd, {"lr": 0.1}),
     BaseCase("sgd-momentum", SGD, bases.Sgd, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
     BaseCase("sgd-dampening", SGD, bases.Sgd, {"lr": 0.1, "momentum": 0.8, "dampening": 0.3}),
-    BaseCase("sgd-nesterov", SGD, bases.Sgd, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.02}),
+    BaseCase(
+        "sgd-nesterov", SGD, bases.Sgd, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.02}
+    ),
     BaseCase(
         "sgd-maximize", SGD, bases.Sgd, {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01, "maximize": True}
     ),

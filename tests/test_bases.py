@@ -1,11 +1,19 @@
-"""Base optimizers: the ones fused with the restore step exactly as torch's own, any other through its own step."""
+"""Base optimizers: the fused ones step exactly as torch's own, any other takes its own step after restore."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from cases import BASES
-from fixtures import assert_close, awkward_parameters, base_state, every_backend, give_gradients, same_bits, values
+from fixtures import (
+    assert_close,
+    awkward_parameters,
+    base_state,
+    every_backend,
+    give_gradients,
+    same_bits,
+    values,
+)
 from torch.nn import Parameter
 
 from sam_kernels import SAM
@@ -36,7 +44,7 @@ class Signed(torch.optim.Optimizer):
 
 
 def sam_against_base(base, arguments, backend, dtype, steps=3):
-    """Return weights and state after steps of SAM, and after the base alone with the second gradients at w."""
+    """Return weights and state after steps of SAM, and after the base alone on the second gradients."""
     ours, theirs = awkward_parameters(dtype), awkward_parameters(dtype)
     opt = SAM(ours, base, rho=0.5, backend=backend, **arguments)
     plain = base(theirs, **arguments)
@@ -56,7 +64,9 @@ def sam_against_base(base, arguments, backend, dtype, steps=3):
 
 
 # float64 to its last digits; float32 to a few roundings of the intermediate values
-@pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-14), (torch.float32, 3e-7)], ids=["f64", "f32"])
+@pytest.mark.parametrize(
+    ("dtype", "relative"), [(torch.float64, 1e-14), (torch.float32, 3e-7)], ids=["f64", "f32"]
+)
 @pytest.mark.parametrize("base", BASES, ids=lambda c: c.label)
 @every_backend
 def test_fused_descent_is_the_step_of_torch(backend, base, dtype, relative):
@@ -65,14 +75,20 @@ def test_fused_descent_is_the_step_of_torch(backend, base, dtype, relative):
     assert_close(state, expected_state, relative)
 
 
-# torch rounds every intermediate to the half type, we round once: a few units in the last place over three steps
-@pytest.mark.parametrize(("dtype", "relative"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=["bf16", "f16"])
-@pytest.mark.parametrize("base", [b for b in BASES if b.label in ("sgd-momentum", "adam", "adamw")], ids=lambda c: c.label)
+# torch rounds every intermediate to the half type, we round once: a few units in the last place
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize(
+    "base", [b for b in BASES if b.label in ("sgd-momentum", "adam", "adamw")], ids=lambda c: c.label
+)
 @every_backend
-def test_fused_descent_in_half_precision(backend, base, dtype, relative):
-    weights, _, expected, _ = sam_against_base(base.base, base.arguments, backend, dtype)
+def test_fused_descent_in_half_precision(backend, base, dtype):
+    # a large eps: float16 second moments underflow to different zeros
+    arguments = {**base.arguments, **({"eps": 0.1} if "eps" in base.arguments else {})}
+    weights, _, expected, _ = sam_against_base(base.base, arguments, backend, dtype)
     assert all(w.dtype == dtype for w in weights)
-    assert_close(weights, expected, relative)
+    for w, e in zip(weights, expected, strict=True):
+        error, size = (w.double() - e.double()).abs(), e.double().abs().clamp(min=1.0)
+        assert bool((error <= 4 * torch.finfo(dtype).eps * size).all()), float((error / size).max())
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -85,7 +101,9 @@ def test_any_other_base_takes_its_own_step_at_the_restored_weights(backend, name
 
 @every_backend
 def test_base_of_somebody_elses_making(backend):
-    weights, state, expected, expected_state = sam_against_base(Signed, {"lr": 0.2, "shrink": 0.25}, backend, torch.float32)
+    weights, state, expected, expected_state = sam_against_base(
+        Signed, {"lr": 0.2, "shrink": 0.25}, backend, torch.float32
+    )
     assert same_bits(weights, expected)
     assert same_bits(state, expected_state)
 
@@ -129,7 +147,10 @@ def test_maximizing_f_is_minimizing_its_negative_at_every_stop(base, backend):
     both = []
     for sign in (1.0, -1.0):
         torch.manual_seed(0)
-        weights = [Parameter(torch.randn(6, dtype=torch.float64)), Parameter(torch.randn(2, 2, dtype=torch.float64))]
+        weights = [
+            Parameter(torch.randn(6, dtype=torch.float64)),
+            Parameter(torch.randn(2, 2, dtype=torch.float64)),
+        ]
         opt = SAM(weights, base.base, rho=0.5, backend=backend, maximize=sign < 0, **base.arguments)
         stops = []
         for seed in range(3):
@@ -155,7 +176,13 @@ def test_maximize_attacks_downhill(backend):
 @every_backend
 def test_maximize_of_one_group_only(backend):
     a, b = Parameter(torch.zeros(1, dtype=torch.float64)), Parameter(torch.zeros(1, dtype=torch.float64))
-    opt = SAM([{"params": [a], "maximize": True}, {"params": [b]}], torch.optim.SGD, rho=1.0, backend=backend, lr=0.1)
+    opt = SAM(
+        [{"params": [a], "maximize": True}, {"params": [b]}],
+        torch.optim.SGD,
+        rho=1.0,
+        backend=backend,
+        lr=0.1,
+    )
     a.grad, b.grad = torch.full_like(a, 3.0), torch.full_like(b, 4.0)
     opt.first_step()
     assert_close([a, b], [torch.full_like(a, -0.6), torch.full_like(b, 0.8)], 1e-11)

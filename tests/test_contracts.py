@@ -32,7 +32,7 @@ every_fused_base = pytest.mark.parametrize(
 )
 
 
-# --- C: numerics and phases -----------------------------------------------------------------------------------------
+# --- C: numerics and phases ---------------------------------------------------------------------------------
 
 
 @every_backend
@@ -72,7 +72,14 @@ def test_c3_branch_used_in_one_pass_only(backend):
 
     opt.step(closure)
     assert [torch.equal(a, b) for a, b in zip(passes[1], before, strict=True)] == [False] * 4 + [True] * 2
-    assert [torch.equal(a, b) for a, b in zip(weights, before, strict=True)] == [False, False, True, True, False, False]
+    assert [torch.equal(a, b) for a, b in zip(weights, before, strict=True)] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
     torch.testing.assert_close(weights[4].detach(), before[4] - 0.1 * 2)
 
 
@@ -97,13 +104,19 @@ def test_c4_no_gradient_in_the_next_step_leaves_a_parameter_alone(backend):
 def test_c5_one_norm_over_groups_and_dtypes(backend):
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     weights = [Parameter(torch.zeros(4, dtype=d)) for d in dtypes]
-    opt = SAM([{"params": weights[:2]}, {"params": weights[2:]}], torch.optim.SGD, rho=1.0, backend=backend, lr=0.1)
+    opt = SAM(
+        [{"params": weights[:2]}, {"params": weights[2:]}], torch.optim.SGD, rho=1.0, backend=backend, lr=0.1
+    )
     for index, w in enumerate(weights):
         w.grad = torch.full_like(w, index + 1.0)
     opt.first_step()
     norm = (4 * (1 + 4 + 9 + 16)) ** 0.5
     for index, w in enumerate(weights):
-        assert_close([w], [torch.full((4,), (index + 1.0) / norm)], max(torch.finfo(w.dtype).eps, 1e-11))
+        assert_close(
+            [w],
+            [torch.full((4,), (index + 1.0) / norm, dtype=torch.float64)],
+            max(torch.finfo(w.dtype).eps, 1e-11),
+        )
     opt.second_step()
     assert [w.dtype for w in weights] == list(dtypes)
 
@@ -114,7 +127,11 @@ def test_c5_gradients_in_another_layout_than_their_parameter(base, arguments, ba
     trained = []
     for twisted in (False, True):
         torch.manual_seed(0)
-        weights = [Parameter(torch.randn(4, 6)), Parameter(torch.randn(2, 3, 4, 5)), Parameter(torch.randn(6, 4).t())]
+        weights = [
+            Parameter(torch.randn(4, 6)),
+            Parameter(torch.randn(2, 3, 4, 5)),
+            Parameter(torch.randn(6, 4).t()),
+        ]
         opt = SAM(weights, base, rho=0.5, backend=backend, lr=0.01, **arguments)
         for seed in range(2):
             for passes in (opt.first_step, opt.second_step):
@@ -184,7 +201,9 @@ def test_c7_version_counters_advance_for_every_mutated_tensor(base, arguments, b
         opt.first_step()
         perturbed = w._version
         w.grad = torch.ones(3)
-        slots = [t for t in opt.base_optimizer.state.get(w, {}).values() if isinstance(t, torch.Tensor) and t.dim()]
+        slots = [
+            t for t in opt.base_optimizer.state.get(w, {}).values() if isinstance(t, torch.Tensor) and t.dim()
+        ]
         versions = [t._version for t in slots]
         opt.second_step()
         assert start < perturbed < w._version
@@ -271,7 +290,7 @@ def test_c9_zero_grad_honours_set_to_none(set_to_none):
     assert (w.grad is None) == set_to_none
 
 
-# --- A: interface ------------------------------------------------------------------------------------------------------
+# --- A: interface -------------------------------------------------------------------------------------------
 
 
 def test_a1_is_an_optimizer():
@@ -310,8 +329,22 @@ def test_a1_state_is_the_state_of_the_base_after_load_state_dict():
     assert opt.state[w]["momentum_buffer"] is opt.base_optimizer.state[w]["momentum_buffer"]
 
 
-def test_a1_assigning_param_groups_of_the_base_is_seen():
-    # what a framework does that rebuilds groups: both names must keep meaning one list
+@pytest.mark.parametrize("saved_by", ["torch", "sam"])
+def test_a1_groups_are_shared_after_the_base_loads_a_checkpoint_itself(saved_by):
+    w = Parameter(torch.zeros(2, dtype=torch.float64))
+    opt = SAM([w], torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.9)
+    other = torch.optim.SGD([Parameter(torch.zeros(2))], lr=0.25, momentum=0.9)
+    opt.base_optimizer.load_state_dict((other if saved_by == "torch" else opt).state_dict())
+    w.grad = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    opt.first_step()
+    assert_close([w], [torch.tensor([0.3, 0.4], dtype=torch.float64)], 1e-11)
+    opt.step()
+    assert opt.param_groups is opt.base_optimizer.param_groups
+    lr = 0.25 if saved_by == "torch" else 0.1
+    assert_close([w], [torch.tensor([-3.0, -4.0], dtype=torch.float64) * lr], 1e-14)
+
+
+def test_a1_a_rate_set_on_the_base_is_used():
     w = Parameter(torch.zeros(1))
     opt = SAM([w], torch.optim.SGD, lr=0.1)
     for group in opt.base_optimizer.param_groups:
@@ -366,6 +399,21 @@ def test_a4_probe_with_zero_lr_creates_state_and_moves_nothing(base, lr):
     opt.step(closure=None)
     assert torch.equal(w, torch.ones(3))
     assert opt.base_optimizer.state[w]
+
+
+def test_a4_base_without_any_lr_is_not_a_probe():
+    class Fixed(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+        def step(self, closure=None):
+            raise AssertionError("the base took a plain step")
+
+    w = Parameter(torch.ones(1))
+    opt = SAM([w], Fixed)
+    w.grad = torch.ones(1)
+    with pytest.raises(RuntimeError, match="sam"):
+        opt.step()
 
 
 def test_a4_one_group_with_lr_is_not_a_probe():
@@ -429,7 +477,11 @@ def test_a5_state_dict_holds_moments_and_steps_and_nothing_transient():
         ours = opt.state_dict()["state"][index]
         assert set(ours) == set(slots)
         for key, slot in slots.items():
-            assert (ours[key].dtype, ours[key].shape, ours[key].device) == (slot.dtype, slot.shape, slot.device)
+            assert (ours[key].dtype, ours[key].shape, ours[key].device) == (
+                slot.dtype,
+                slot.shape,
+                slot.device,
+            )
 
 
 def test_a6_parameters_replaced_between_construction_and_first_step():

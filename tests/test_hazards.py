@@ -18,7 +18,7 @@ def parameters(*numbers: float, dtype=torch.float32) -> list[Parameter]:
 
 @every_backend
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
-def test_gradient_in_pass_one_only_is_restored(base, backend):
+def test_h1_gradient_in_pass_one_only_is_restored(base, backend):
     a, b = parameters(1.0, 2.0)
     opt = SAM([a, b], base, rho=0.5, backend=backend, lr=0.1)
     a.grad, b.grad = torch.ones(1), torch.ones(1)
@@ -32,7 +32,7 @@ def test_gradient_in_pass_one_only_is_restored(base, backend):
 
 @every_backend
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
-def test_gradient_in_pass_two_only_is_updated_and_not_restored(base, backend):
+def test_h1_gradient_in_pass_two_only_is_updated_and_not_restored(base, backend):
     a, b = parameters(1.0, 2.0)
     opt = SAM([a, b], base, rho=0.5, backend=backend, lr=0.1)
     a.grad = torch.ones(1)
@@ -46,7 +46,7 @@ def test_gradient_in_pass_two_only_is_updated_and_not_restored(base, backend):
 
 
 @every_backend
-def test_stale_snapshots_are_never_used_in_a_later_step(backend):
+def test_h1_stale_snapshots_are_never_used_in_a_later_step(backend):
     a, b = parameters(1.0, 2.0)
     opt = SAM([a, b], torch.optim.SGD, rho=0.5, backend=backend, lr=0.1)
     a.grad, b.grad = torch.ones(1), torch.ones(1)
@@ -65,7 +65,7 @@ def test_stale_snapshots_are_never_used_in_a_later_step(backend):
 
 @every_backend
 @pytest.mark.parametrize("p", [2.0, float("inf"), 1.5, 4.0])
-def test_zero_gradient_gives_zero_and_not_nan(p, backend):
+def test_h2_zero_gradient_gives_zero_and_not_nan(p, backend):
     (w,) = parameters(1.0)
     opt = SAM([w], torch.optim.SGD, recipe=recipes.sam(p=p), backend=backend, lr=0.1)
     w.grad = torch.zeros(1)
@@ -74,7 +74,7 @@ def test_zero_gradient_gives_zero_and_not_nan(p, backend):
 
 
 @every_backend
-def test_zero_weights_under_the_adaptive_metric_give_zero_and_not_nan(backend):
+def test_h2_zero_weights_under_the_adaptive_metric_give_zero_and_not_nan(backend):
     w = Parameter(torch.zeros(3))
     opt = SAM([w], torch.optim.SGD, rho=0.5, adaptive=True, backend=backend, lr=0.1)
     w.grad = torch.ones(3)
@@ -83,7 +83,7 @@ def test_zero_weights_under_the_adaptive_metric_give_zero_and_not_nan(backend):
 
 
 @every_backend
-def test_all_gradients_missing_is_no_error(backend):
+def test_h3_all_gradients_missing_is_no_error(backend):
     (w,) = parameters(1.0)
     opt = SAM([w], torch.optim.SGD, backend=backend, lr=0.1)
     opt.first_step()
@@ -93,7 +93,7 @@ def test_all_gradients_missing_is_no_error(backend):
 
 
 @every_backend
-def test_a_pointer_to_a_parameter_stays_valid(backend):
+def test_h4_a_pointer_to_a_parameter_stays_valid(backend):
     w = Parameter(torch.ones(4))
     view, address = w.data.view(2, 2), w.data_ptr()
     opt = SAM([w], torch.optim.SGD, rho=0.5, backend=backend, lr=0.1)
@@ -107,7 +107,7 @@ def test_a_pointer_to_a_parameter_stays_valid(backend):
 
 
 @every_backend
-def test_ten_thousand_restores_do_not_drift(backend):
+def test_h4_restores_do_not_drift(backend):
     w = Parameter(torch.randn(10_000, generator=torch.Generator().manual_seed(0)))
     before = values([w])
     opt = SAM([w], torch.optim.SGD, backend=backend, lr=0.0)
@@ -119,8 +119,8 @@ def test_ten_thousand_restores_do_not_drift(backend):
 
 
 @every_backend
-def test_bfloat16_perturbation_is_computed_in_float32(backend):
-    # rho * g / ||g|| of each element is 1/64: two thirds of an ulp at 1, lost if e were rounded before it is added
+def test_h5_bfloat16_perturbation_is_computed_in_float32(backend):
+    # each element of e is 3/512, three quarters of the spacing of bfloat16 above 1
     w = Parameter(torch.full((256,), 1.0, dtype=torch.bfloat16))
     opt = SAM([w], torch.optim.SGD, rho=0.09375, backend=backend, lr=0.1)
     w.grad = torch.ones_like(w)
@@ -131,7 +131,7 @@ def test_bfloat16_perturbation_is_computed_in_float32(backend):
 
 @every_backend
 @pytest.mark.parametrize("size", [6e-8, 1e-4, 60000.0])
-def test_float16_gradients_of_any_size_give_the_same_perturbation(size, backend):
+def test_h6_float16_gradients_of_any_size_give_the_same_perturbation(size, backend):
     w = Parameter(torch.zeros(300, dtype=torch.float16))
     opt = SAM([w], torch.optim.SGD, rho=1.0, backend=backend, lr=0.1)
     w.grad = torch.full_like(w, size)
@@ -142,7 +142,7 @@ def test_float16_gradients_of_any_size_give_the_same_perturbation(size, backend)
 @every_backend
 @pytest.mark.parametrize("size", [1e-18, 1e18])
 @pytest.mark.parametrize("p", [2.0, 4.0])
-def test_float32_gradients_at_the_edge_of_the_range(size, p, backend):
+def test_h6_float32_gradients_at_the_edge_of_the_range(size, p, backend):
     # 1e18 squared is beyond float32 when four are summed to the fourth power; 1e-18 squared vanishes
     w = Parameter(torch.zeros(64))
     eps_free = recipes.sam(rho=1.0, p=p)
@@ -158,7 +158,7 @@ def test_float32_gradients_at_the_edge_of_the_range(size, p, backend):
         assert float(w.max()) <= expected * (1 + 1e-5)
 
 
-def test_batch_statistics_stay_those_of_pass_one():
+def test_h7_batch_statistics_stay_those_of_pass_one():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     once = copy.deepcopy(model)
@@ -173,7 +173,7 @@ def test_batch_statistics_stay_those_of_pass_one():
     assert same_bits(model[1].buffers(), once[1].buffers())
 
 
-def test_random_streams_advance_as_the_closure_asks():
+def test_h8_random_streams_advance_as_the_closure_asks():
     # a fresh dropout mask in each pass: the optimizer itself draws nothing
     w = Parameter(torch.ones(100))
     opt = SAM([w], torch.optim.SGD, lr=0.1)
@@ -193,7 +193,7 @@ def test_random_streams_advance_as_the_closure_asks():
     assert same_bits([*masks, after], expected)
 
 
-def test_checkpoint_holds_base_state_and_no_snapshots():
+def test_h9_checkpoint_holds_base_state_and_no_snapshots():
     model = small_net()
     opt = SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
     opt.step(backward_of(model, torch.ones(2, 5, dtype=torch.float64)))
@@ -203,7 +203,7 @@ def test_checkpoint_holds_base_state_and_no_snapshots():
 
 
 @every_backend
-def test_forgotten_zero_grad_between_passes_accumulates_in_the_two_step_form_only(backend):
+def test_h12_forgotten_zero_grad_between_passes_accumulates_in_the_two_step_form_only(backend):
     a, b = Parameter(torch.zeros(1)), Parameter(torch.zeros(1))
     for w, form in ((a, "two-step"), (b, "closure")):
         opt = SAM([w], torch.optim.SGD, rho=0.0, backend=backend, lr=1.0)
@@ -227,7 +227,7 @@ def test_forgotten_zero_grad_between_passes_accumulates_in_the_two_step_form_onl
 @every_backend
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
-def test_sparse_gradients_equal_dense_ones(base, adaptive, backend):
+def test_h13_sparse_gradients_equal_dense_ones(base, adaptive, backend):
     indices = torch.tensor([1, 3, 3, 5])  # a repeated row: uncoalesced values must be summed first
     trained = []
     for sparse in (False, True):

@@ -86,7 +86,9 @@ def test_recipes_know_recipe_and_policies_only():
 
 @pytest.mark.parametrize("module", layer("backends"))
 def test_backends_know_no_optimizer_and_no_recipe(module):
-    assert not {m for m in known(module) if below(m, "optimizer", "recipe", "recipes", "ops", "state", "compat")}
+    assert not {
+        m for m in known(module) if below(m, "optimizer", "recipe", "recipes", "ops", "state", "compat")
+    }
 
 
 def test_ops_know_no_optimizer_and_no_recipe():
@@ -101,7 +103,9 @@ def test_optimizer_reaches_backends_through_ops():
 
 @pytest.mark.parametrize("module", FILES)
 def test_nothing_imports_tests_bench_or_examples(module):
-    assert not {m for m in imports_of(module) if m.split(".")[0] in {"tests", "bench", "examples", "oracles", "cases"}}
+    assert not {
+        m for m in imports_of(module) if m.split(".")[0] in {"tests", "bench", "examples", "oracles", "cases"}
+    }
 
 
 @pytest.mark.parametrize("module", FILES)
@@ -148,7 +152,9 @@ def test_compiled_code_includes_no_torch_header(path):
     assert not [h for h in included(path) if re.match(r"(torch|ATen|c10|caffe2)/", h)]
 
 
-@pytest.mark.parametrize(("folder", "never"), [("core", "math|engine|ops"), ("math", "engine|ops"), ("engine", "math|ops")])
+@pytest.mark.parametrize(
+    ("folder", "never"), [("core", "math|engine|ops"), ("math", "engine|ops"), ("engine", "math|ops")]
+)
 def test_compiled_layers_point_one_way(folder, never):
     wrong = [
         (str(path.relative_to(ROOT)), header)

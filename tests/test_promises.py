@@ -9,8 +9,10 @@ import textwrap
 
 import pytest
 import torch
+from cases import RECIPES
 from fixtures import (
     BACKENDS,
+    LONG,
     assert_close,
     awkward_parameters,
     backward_of,
@@ -29,14 +31,17 @@ from torch.nn import Parameter
 
 from sam_kernels import SAM, recipes
 
-every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 every_base = pytest.mark.parametrize(
     ("base", "arguments"),
     [
         (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
-        (torch.optim.Adam, {"lr": 0.01}),
-        (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
-        (torch.optim.RMSprop, {"lr": 0.01}),
+        # a larger eps keeps float16 moments, which underflow, from blowing a step up
+        (torch.optim.Adam, {"lr": 0.01, "eps": 1e-2}),
+        (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-2}),
+        (torch.optim.RMSprop, {"lr": 0.01, "eps": 1e-2}),
     ],
     ids=["sgd", "adam", "adamw", "rmsprop"],
 )
@@ -50,7 +55,7 @@ def two_step(opt, parameters, seed, scale=1.0):
     opt.second_step(zero_grad=True)
 
 
-# --- 1. Restore is bit-exact; addresses never change; nothing is allocated after the first step ---------------------
+# --- 1. Restore is bit-exact; addresses never change; nothing is allocated after the first step -------------
 
 
 @every_backend
@@ -58,13 +63,16 @@ def two_step(opt, parameters, seed, scale=1.0):
 @pytest.mark.parametrize("recipe", ["sam", "asam", "layerwise_sam"])
 @pytest.mark.filterwarnings("ignore:.*name")
 def test_restore_is_bit_exact(recipe, dtype, backend):
-    parameters = awkward_parameters(dtype)
-    opt = SAM(parameters, torch.optim.SGD, recipe=recipe, rho=0.5, backend=backend, lr=0.1)
+    parameters = awkward_parameters(dtype, longest=LONG if recipe == "sam" else 2049)
+    # a radius that moves every tensor, also in bfloat16
+    opt = SAM(parameters, torch.optim.SGD, recipe=recipe, rho=50.0, backend=backend, lr=0.1)
     for seed in range(2):
         before = values(parameters)
         give_gradients(parameters, seed)
         with opt.perturbed():
-            assert not any(torch.equal(a, b) for a, b in zip(parameters, before, strict=True) if a.numel() > 8)
+            assert not any(
+                torch.equal(a, b) for a, b in zip(parameters, before, strict=True) if a.numel() > 8
+            )
             give_gradients(parameters, seed + 10)
         assert same_bits(parameters, before)
         opt.step()
@@ -92,7 +100,17 @@ def test_addresses_and_strides_of_parameters_never_change(base, arguments, backe
     assert before == [(p.data_ptr(), p.stride(), p.untyped_storage().data_ptr()) for p in parameters]
 
 
+@pytest.fixture
+def only_new_objects():
+    """Hide everything that already lives from `living_bytes`, which would take a second to look through."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def living_bytes() -> int:
+    """Return the bytes of every tensor the garbage collector knows."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -104,6 +122,7 @@ def living_bytes() -> int:
 
 @every_backend
 @every_base
+@pytest.mark.usefixtures("only_new_objects")
 def test_steps_after_the_first_hold_no_more_memory(base, arguments, backend):
     parameters = [Parameter(torch.randn(1000)) for _ in range(5)]
     opt = SAM(parameters, base, backend=backend, **arguments)
@@ -119,7 +138,9 @@ def allocated(action) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         action()
-    found = (event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    found = (
+        event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
+    )
     return sum(n for n in found if n >= 4096)
 
 
@@ -145,6 +166,7 @@ def test_native_step_allocates_nothing_after_the_first(base, arguments):
 
 
 @every_backend
+@pytest.mark.usefixtures("only_new_objects")
 def test_snapshots_keep_their_storage_between_steps(backend):
     # the second step must not free and allocate: the same number of distinct buffers lives through five steps
     parameters = [Parameter(torch.randn(5000)) for _ in range(3)]
@@ -158,7 +180,7 @@ def test_snapshots_keep_their_storage_between_steps(backend):
     assert len(set(held[1:])) == 1
 
 
-# --- 2. The perturbed set is decided in pass 1 and restored exactly ----------------------------------------------------
+# --- 2. The perturbed set is decided in pass 1 and restored exactly -----------------------------------------
 
 
 pattern = st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 40)), min_size=1, max_size=9)
@@ -169,7 +191,10 @@ pattern = st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 40)), 
 @given(patterns=st.lists(pattern, min_size=1, max_size=3), seed=st.integers(0, 1000))
 def test_the_set_restored_is_the_set_perturbed(backend, patterns, seed):
     sizes = [n for _, _, n in patterns[0]]
-    parameters = [Parameter(torch.randn(n, generator=torch.Generator().manual_seed(seed + i))) for i, n in enumerate(sizes)]
+    parameters = [
+        Parameter(torch.randn(n, generator=torch.Generator().manual_seed(seed + i)))
+        for i, n in enumerate(sizes)
+    ]
     opt = SAM(parameters, torch.optim.SGD, rho=0.5, backend=backend, lr=0.1)
     for step, participation in enumerate(patterns):
         both = list(zip(parameters, participation, strict=False))
@@ -178,7 +203,9 @@ def test_the_set_restored_is_the_set_perturbed(backend, patterns, seed):
         for p, (first, _, _) in both:
             p.grad = torch.full_like(p, 0.3 + step) if first else None
         opt.first_step(zero_grad=True)
-        for p, b, in_first in zip(parameters, before, [f for _, (f, _, _) in both] + [False] * 9, strict=False):
+        for p, b, in_first in zip(
+            parameters, before, [f for _, (f, _, _) in both] + [False] * 9, strict=False
+        ):
             assert in_first == (not torch.equal(p, b)) or p.numel() == 0
         for p, (_, second, _) in both:
             p.grad = torch.ones_like(p) if second else None
@@ -191,12 +218,15 @@ def test_the_set_restored_is_the_set_perturbed(backend, patterns, seed):
                 assert same_bits([p], [b])
 
 
-# --- 3. Zero, missing, non-finite and empty ------------------------------------------------------------------------------
+# --- 3. Zero, missing, non-finite and empty -----------------------------------------------------------------
 
 
 @every_backend
 @every_dtype
-@pytest.mark.parametrize("recipe", [("sam", {}), ("sam", {"p": float("inf")}), ("sam", {"p": 3.0}), ("asam", {}), ("layerwise_sam", {})])
+@pytest.mark.parametrize(
+    "recipe",
+    [("sam", {}), ("sam", {"p": float("inf")}), ("sam", {"p": 3.0}), ("asam", {}), ("layerwise_sam", {})],
+)
 @pytest.mark.filterwarnings("ignore:.*name")
 def test_zero_gradient_moves_nothing(recipe, dtype, backend):
     name, arguments = recipe
@@ -228,7 +258,7 @@ def test_no_gradients_is_a_no_op(base, arguments, backend):
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("form", ["closure", "two-step", "perturbed"])
 def test_non_finite_first_gradient_skips_the_step_and_touches_no_state(form, bad, base, arguments, backend):
-    parameters = [Parameter(torch.randn(5)), Parameter(torch.randn(70000)), Parameter(torch.randn(()))]
+    parameters = [Parameter(torch.randn(5)), Parameter(torch.randn(3000)), Parameter(torch.randn(()))]
     opt = SAM(parameters, base, backend=backend, **arguments)
     for seed in range(2):
         two_step(opt, parameters, seed)
@@ -239,7 +269,7 @@ def test_non_finite_first_gradient_skips_the_step_and_touches_no_state(form, bad
         passes.append(values(parameters))
         give_gradients(parameters, 5)
         if len(passes) == 1:
-            parameters[1].grad[69999] = bad
+            parameters[1].grad[2999] = bad
         return torch.tensor(1.0)
 
     if form == "closure":
@@ -263,6 +293,21 @@ def test_non_finite_first_gradient_skips_the_step_and_touches_no_state(form, bad
 
 
 @every_backend
+@pytest.mark.parametrize("recipe", [c for c in RECIPES if c.recipe != "nosam"], ids=lambda c: c.label)
+def test_one_non_finite_element_stops_every_tensor_whatever_the_recipe(recipe, backend):
+    weights = {name: Parameter(torch.ones(4)) for name in ("a.weight", "b.weight", "c.bias")}
+    before = values(weights.values())
+    opt = SAM(weights.items(), torch.optim.SGD, backend=backend, lr=0.1, **recipe.options())
+    give_gradients(list(weights.values()), 0)
+    weights["b.weight"].grad[1] = float("inf")
+    opt.first_step()
+    assert same_bits(weights.values(), before)
+    give_gradients(list(weights.values()), 1)
+    opt.second_step()
+    assert same_bits(weights.values(), before)
+
+
+@every_backend
 def test_skipped_first_step_leaves_no_state_that_counts_it(backend):
     skipped, plain = Parameter(torch.ones(3)), Parameter(torch.ones(3))
     opts = [SAM([w], torch.optim.Adam, backend=backend, lr=0.1) for w in (skipped, plain)]
@@ -280,12 +325,20 @@ def test_skipped_first_step_leaves_no_state_that_counts_it(backend):
 @every_base
 @pytest.mark.parametrize("where", ["first", "middle", "last", "all"])
 def test_empty_tensors_are_not_special(where, base, arguments, backend):
-    full = [torch.randn(4), torch.randn(66000)]
+    full = [torch.randn(4), torch.randn(3000)]
     empty = torch.empty(0, 3)
-    order = {"first": [empty, *full], "middle": [full[0], empty, full[1]], "last": [*full, empty], "all": [empty] * 2}
+    order = {
+        "first": [empty, *full],
+        "middle": [full[0], empty, full[1]],
+        "last": [*full, empty],
+        "all": [empty] * 2,
+    }
     parameters = [Parameter(t.clone()) for t in order[where]]
     plain = [Parameter(t.clone()) for t in full]
-    opt, expected = SAM(parameters, base, backend=backend, **arguments), SAM(plain, base, backend=backend, **arguments)
+    opt, expected = (
+        SAM(parameters, base, backend=backend, **arguments),
+        SAM(plain, base, backend=backend, **arguments),
+    )
     for step in range(2):
         for group, o in ((parameters, opt), (plain, expected)):
             for passes in (o.first_step, o.second_step):
@@ -296,7 +349,7 @@ def test_empty_tensors_are_not_special(where, base, arguments, backend):
         assert same_bits([p for p in parameters if p.numel()], plain)
 
 
-# --- 4. Norms -----------------------------------------------------------------------------------------------------------
+# --- 4. Norms -----------------------------------------------------------------------------------------------
 
 
 def large_gradient_step(backend):
@@ -346,20 +399,23 @@ def test_half_precision_norms_do_not_overflow(dtype, backend):
     assert torch.equal(w.detach(), torch.ones_like(w))  # 1024 * 60 / 61440
 
 
-# --- 5. Low precision -----------------------------------------------------------------------------------------------------
+# --- 5. Low precision ---------------------------------------------------------------------------------------
 
 
 @every_backend
 @every_dtype
 def test_perturbation_rounds_once(dtype, backend):
-    parameters = awkward_parameters(dtype)
-    before = [p.detach().double() for p in parameters]
-    gradients = [g.double() for g in give_gradients(parameters, 4)]
-    total = sum(float((g**2).sum()) for g in gradients) ** 0.5
+    parameters = awkward_parameters(dtype, longest=LONG)
+    before = [w.double() for w in values(parameters)]
+    gradients = [g.double() for g in values(give_gradients(parameters, 4))]
+    total = sum(float((g**2).sum()) for g in gradients) ** 0.5 + 1e-12  # the guard against zero
     SAM(parameters, torch.optim.SGD, rho=30.0, backend=backend, lr=0.1).first_step()
-    # half a unit in the last place, and for the half types the error of the float32 arithmetic before it
+    # half a unit in the last place of the result, and before it float32 arithmetic: foreach sums a whole
+    # tensor of halves in float32, which leaves a few 1e-6 in the norm
     half_ulp = torch.finfo(dtype).eps / 2
-    slack = 4 * torch.finfo(torch.float32).eps if dtype not in (torch.float64,) else 4 * half_ulp
+    slack = {torch.float64: 8 * half_ulp, torch.float32: 8 * half_ulp}.get(
+        dtype, 32 * torch.finfo(torch.float32).eps
+    )
     for p, w, g in zip(parameters, before, gradients, strict=True):
         exact = w + 30.0 * g / total
         error = (p.detach().double() - exact).abs()
@@ -367,38 +423,37 @@ def test_perturbation_rounds_once(dtype, backend):
         assert bool((error <= largest + torch.finfo(dtype).tiny).all()), float((error / exact.abs()).max())
 
 
-# --- 6. state_dict in a new process ------------------------------------------------------------------------------------
+# --- 6. state_dict in a new process -------------------------------------------------------------------------
 
 
 RESUME = """
     import sys, torch
     from sam_kernels import SAM, recipes
     saved = torch.load(sys.argv[1], weights_only=True)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
-    model.load_state_dict(saved["model"])
-    opt = SAM(model.named_parameters(), torch.optim.AdamW, recipe=recipes.asam(rho=0.3, every=2), lr=0.01)
+    weights = {name: torch.nn.Parameter(w) for name, w in saved["weights"].items()}
+    opt = SAM(weights.items(), torch.optim.AdamW, recipe=recipes.asam(rho=0.3, every=2), lr=0.01)
     opt.load_state_dict(saved["opt"])
     for x in saved["inputs"]:
         def closure():
-            loss = model(x).pow(2).mean()
+            loss = sum(((w * x).tanh() ** 2).sum() for w in weights.values())
             loss.backward()
             return loss
         opt.step(closure)
-    torch.save(model.state_dict(), sys.argv[2])
+    torch.save({name: w.detach() for name, w in weights.items()}, sys.argv[2])
 """
 
 
 def test_state_dict_continues_bit_for_bit_in_a_new_process(tmp_path):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
-    opt = SAM(model.named_parameters(), torch.optim.AdamW, recipe=recipes.asam(rho=0.3, every=2), lr=0.01)
-    inputs = [torch.randn(4, 5) for _ in range(6)]
+    # elementwise losses only: a matrix product may round differently at another address
+    weights = {"fc.weight": Parameter(torch.randn(5)), "fc.bias": Parameter(torch.randn(5))}
+    opt = SAM(weights.items(), torch.optim.AdamW, recipe=recipes.asam(rho=0.3, every=2), lr=0.01)
+    inputs = [torch.randn(5) for _ in range(6)]
 
     def train(some):
         for x in some:
 
             def closure(x=x):
-                loss = model(x).pow(2).mean()
+                loss = sum(((w * x).tanh() ** 2).sum() for w in weights.values())
                 loss.backward()
                 return loss
 
@@ -406,14 +461,15 @@ def test_state_dict_continues_bit_for_bit_in_a_new_process(tmp_path):
 
     train(inputs[:3])
     saved, resumed = tmp_path / "saved.pt", tmp_path / "resumed.pt"
-    torch.save({"model": model.state_dict(), "opt": opt.state_dict(), "inputs": inputs[3:]}, saved)
+    here = {name: w.detach() for name, w in weights.items()}
+    torch.save({"weights": here, "opt": opt.state_dict(), "inputs": inputs[3:]}, saved)
     train(inputs[3:])
     subprocess.run([sys.executable, "-c", textwrap.dedent(RESUME), saved, resumed], check=True, timeout=120)
     other = torch.load(resumed, weights_only=True)
-    assert same_bits(model.state_dict().values(), other.values())
+    assert same_bits(weights.values(), other.values())
 
 
-# --- 7. Exceptions -----------------------------------------------------------------------------------------------------
+# --- 7. Exceptions ------------------------------------------------------------------------------------------
 
 
 class Stop(BaseException):
@@ -498,10 +554,37 @@ def test_exception_in_the_base_optimizer_leaves_no_perturbed_weights(form, backe
     assert torch.equal(w, torch.ones(4))
 
 
-# --- 8. Same numbers from every backend, at every stop --------------------------------------------------------------------
+@every_backend
+@pytest.mark.parametrize("owner", ["sam", "base"])
+@pytest.mark.parametrize("form", ["closure", "two-step"])
+def test_exception_in_a_hook_leaves_no_perturbed_weights(form, owner, backend):
+    w = Parameter(torch.ones(4))
+    opt = SAM([w], torch.optim.SGD, rho=0.5, backend=backend, lr=0.1)
+
+    def fail(*_):
+        raise OSError("hook")
+
+    (opt if owner == "sam" else opt.base_optimizer).register_step_pre_hook(fail)
+
+    def closure():
+        w.grad = torch.ones(4)
+        return torch.tensor(0.0)
+
+    with pytest.raises(OSError, match="hook"):
+        if form == "closure":
+            opt.step(closure)
+        else:
+            closure()
+            opt.first_step()
+            closure()
+            opt.step()
+    assert torch.equal(w, torch.ones(4))
 
 
-# float64: the order of summation; float32: its rounding; half types: one flipped rounding of the stored weight
+# --- 8. Same numbers from every backend, at every stop ------------------------------------------------------
+
+
+# float64: the order of summation; float32: its rounding; half types: one flipped rounding of a stored weight
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-7, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 
 
@@ -550,7 +633,7 @@ def test_backends_agree_on_random_lists(backend, shapes, seed, rho, scale):
     assert_close(moved[1], moved[0], 1e-6)
 
 
-# --- 9. Sentences, and nothing is lost ------------------------------------------------------------------------------------
+# --- 9. Sentences, and nothing is lost ----------------------------------------------------------------------
 
 
 def finish(opt, w):
@@ -562,8 +645,12 @@ def finish(opt, w):
 MISUSE = {
     "first_step twice": lambda opt, w: opt.first_step(),
     "state_dict while perturbed": lambda opt, w: opt.state_dict(),
-    "load_state_dict while perturbed": lambda opt, w: opt.load_state_dict(torch.optim.SGD([w], lr=0.5).state_dict()),
-    "add_param_group while perturbed": lambda opt, w: opt.add_param_group({"params": [Parameter(torch.ones(1))]}),
+    "load_state_dict while perturbed": lambda opt, w: opt.load_state_dict(
+        torch.optim.SGD([w], lr=0.5).state_dict()
+    ),
+    "add_param_group while perturbed": lambda opt, w: opt.add_param_group(
+        {"params": [Parameter(torch.ones(1))]}
+    ),
     "step(closure) while perturbed": lambda opt, w: opt.step(lambda: torch.tensor(0.0)),
 }
 

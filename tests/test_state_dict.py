@@ -8,7 +8,16 @@ import io
 import pytest
 import torch
 from cases import BASES, RECIPES
-from fixtures import assert_close, backward_of, base_state, batches, every_backend, same_bits, small_net, values
+from fixtures import (
+    assert_close,
+    backward_of,
+    base_state,
+    batches,
+    every_backend,
+    same_bits,
+    small_net,
+    values,
+)
 from torch.nn import Parameter
 
 from sam_kernels import SAM, recipes
@@ -30,11 +39,15 @@ def train(opt, model, steps):
 
 @every_backend
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda c: c.label)
-@pytest.mark.parametrize("base", [b for b in BASES if b.label in ("sgd-momentum", "adam", "adamw-amsgrad")], ids=lambda c: c.label)
+@pytest.mark.parametrize(
+    "base", [b for b in BASES if b.label in ("sgd-momentum", "adam", "adamw-amsgrad")], ids=lambda c: c.label
+)
 def test_resumed_run_equals_the_uninterrupted_one(base, recipe, backend):
     def fresh():
         model = small_net()
-        return model, SAM(model.named_parameters(), base.base, backend=backend, **recipe.options(), **base.arguments)
+        return model, SAM(
+            model.named_parameters(), base.base, backend=backend, **recipe.options(), **base.arguments
+        )
 
     model, opt = fresh()
     train(opt, model, range(3))
@@ -107,7 +120,9 @@ def test_checkpoint_of_torch_loads_into_sam(base, backend):
         plain.step()
         opt.step(backward_of(other, INPUTS[step], step))
     assert_close(other.parameters(), model.parameters(), 1e-13)
-    plain_state = [v for s in plain.state.values() for k, v in sorted(s.items()) if isinstance(v, torch.Tensor)]
+    plain_state = [
+        v for s in plain.state.values() for k, v in sorted(s.items()) if isinstance(v, torch.Tensor)
+    ]
     assert_close([t for t in base_state(opt)][: len(plain_state)], plain_state, 1e-12)
 
 
@@ -188,6 +203,27 @@ def test_state_dict_before_the_first_step_loads():
     for m, o in ((model, opt), (other_model, other)):
         train(o, m, range(2))
     assert same_bits(model.parameters(), other_model.parameters())
+
+
+@every_backend
+def test_old_checkpoint_with_a_number_as_step_count_loads(backend):
+    w, v = Parameter(torch.ones(3)), Parameter(torch.ones(3))
+    opts = [SAM([p], torch.optim.Adam, rho=0.0, backend=backend, lr=0.1) for p in (w, v)]
+    for _ in range(2):
+        w.grad = torch.ones(3)
+        opts[0].first_step()
+        opts[0].second_step()
+    saved = copy.deepcopy(opts[0].state_dict())
+    for slots in saved["state"].values():
+        slots["step"] = int(slots["step"])
+    opts[1].load_state_dict(saved)
+    with torch.no_grad():
+        v.copy_(w)
+    for p, opt in zip((w, v), opts, strict=True):
+        p.grad = torch.full((3,), 0.5)
+        opt.first_step()
+        opt.second_step()
+    assert same_bits([w], [v])
 
 
 def test_state_dict_hooks_fire():

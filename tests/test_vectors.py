@@ -25,7 +25,14 @@ def agree(actual, expected) -> None:
 def perturb_and_step(problem: Quadratic, backend: str, options: dict, base: dict | None = None, groups=None):
     """Run one step in the two-step form; return e and the new weights, each a list of tensors."""
     weights = problem.parameters()
-    opt = SAM(groups(weights) if groups else weights.items(), torch.optim.SGD, backend=backend, lr=0.1, **(base or {}), **options)
+    opt = SAM(
+        groups(weights) if groups else weights.items(),
+        torch.optim.SGD,
+        backend=backend,
+        lr=0.1,
+        **(base or {}),
+        **options,
+    )
     problem.loss(weights).backward()
     opt.first_step(zero_grad=True)
     e = [w.detach() - problem.start[name] for name, w in weights.items()]

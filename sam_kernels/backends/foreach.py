@@ -213,7 +213,7 @@ def _times(weights: Tensors | None, tensors: Tensors) -> Tensors:
     return tensors if weights is None else list(many._foreach_mul(weights, _wide(tensors)))
 
 
-def _ratios(u: Tensors, peak: Tensor, power: float) -> Tensors:
+def _ratios(u: Tensors, peak: Any, power: Any) -> Tensors:
     """``(|u| / peak)^power``; where the peak is 0, every u is."""
     ratios = many._foreach_abs(_wide(u))
     many._foreach_div_(ratios, _like(_known(torch.where(peak == 0, torch.ones_like(peak), peak)), ratios))
@@ -226,8 +226,8 @@ def _perturb_(
     row: Row,
     scale: float | Tensor | Sequence[float | Tensor],
     shape: str,
-    q: float | None,
-    peak: Tensor | None,
+    q: Any,
+    peak: Any,
 ) -> None:
     """``w += scale * T h(T g)``, with one scale for all or one for each."""
     values, weights = _wide(w), _metric_weights(w, row)
@@ -399,12 +399,10 @@ def _add_(xs: Tensors, ys: Tensors, a: float | Tensor) -> None:
 
 def _is_safe(guard: Tensor | None, found_inf: Tensor | None) -> bool | Tensor:
     """Whether the update may happen: True, False, or a device scalar nobody has looked at."""
-    if guard is None and found_inf is None:
-        return True
-    if guard is None:
-        return _known(found_inf.reshape(()) == 0)
-    finite = torch.isfinite(guard)
-    return _known(finite if found_inf is None else finite & (found_inf.reshape(()) == 0))
+    conditions = [] if guard is None else [torch.isfinite(guard)]
+    if found_inf is not None:
+        conditions.append(found_inf.reshape(()) == 0)
+    return _known(torch.stack(conditions).all()) if conditions else True
 
 
 # note: [choice of bits]
@@ -424,7 +422,7 @@ def _or_zero(tensors: Tensors, keep: Tensor) -> Tensors:
     return [x.view(dtype) for x in many._foreach_mul(bits, keep.to(bits[0].dtype))]
 
 
-def _keep_(tensors: Tensors, before: Tensors, keep: Tensor) -> None:
+def _keep_(tensors: Tensors, before: Tensors, keep: Any) -> None:
     """``x = keep ? x : before``, bit for bit."""
     for kind in {x.dtype for x in tensors}:
         members = [i for i, x in enumerate(tensors) if x.dtype == kind]

@@ -21,7 +21,7 @@ from torch.autograd.graph import increment_version
 
 from ..tensor_groups import EUCLIDEAN, Column, TensorGroup
 
-# SAMK_ABI_VERSION of csrc/ops/sam_kernels.h
+# SAMK_ABI_VERSION of csrc/sam_kernels.h
 ABI_VERSION = 1
 
 # enum samk_dtype, samk_moment, samk_shape, samk_rule
@@ -91,10 +91,8 @@ class Native:
         plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
         plan.point(_native.GRADS, "grads", group.grads, _DTYPES[group.dtype])
         present = plan.point(_native.SNAPSHOTS, "snapshots", group.snapshots, _DTYPES[group.dtype])
-        norm, peak, tensor_scale = (_scalars(x, torch.float64) for x in (norm, peak, tensor_scale))
-        plan.perturb(
-            group.table.data_ptr(), _SHAPES[shape], q or 0.0, _at(peak), _at(norm), _at(tensor_scale)
-        )
+        scalars = [_scalars(x, torch.float64) for x in (peak, norm, tensor_scale)]
+        plan.perturb(group.table.data_ptr(), _SHAPES[shape], q or 0.0, *map(_at, scalars))
         _count_write(group.params, group.snapshots, present)
         _count_write(group.snapshots, group.snapshots, present)
 
@@ -127,8 +125,8 @@ class Native:
             _point_foreign(plan, group, _native.OUTS + i, f"outs[{i}]", tensors)
             for i, tensors in enumerate(outs)
         ]
-        coefficients = _scalars(coefficients, torch.float64)
-        plan.combine(len(lists), len(outs), _at(coefficients))
+        weights = _scalars(coefficients, torch.float64)
+        plan.combine(len(lists), len(outs), _at(weights))
         for out, count in zip(outs, present, strict=True):
             _count_write(out, out, count)
 
@@ -154,8 +152,10 @@ class Native:
         if rule == "adam":
             counters, float32 = slots["step"], torch.float32
             state["step"] = plan.point(_native.STEPS, "step", counters, _DTYPES[float32], float32, hold=True)
-        guard = _scalars(guard, torch.float64)
-        found_inf, inv_scale = _scalars(found_inf, torch.float32), _scalars(inv_scale, torch.float32)
+        guard, inv_scale = _scalars(guard, torch.float64), _scalars(inv_scale, torch.float32)
+        if found_inf is not None:
+            # A scaler adds the flags of its devices: two make 2, and the passes know 0 and 1.
+            found_inf = _scalars(found_inf != 0, torch.float32)
         plan.descend(
             group.table.data_ptr(),
             _RULES[rule],
@@ -190,7 +190,7 @@ def describe() -> str:
     return line if _problem is None else f"{line}; not used: {_problem}"
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
+def _load() -> tuple[Any, str | None]:
     """The compiled module, or the sentence why there is none."""
     name = f"{__package__.rpartition('.')[0]}._native"
     try:

@@ -16,6 +16,8 @@ from ..tensor_groups import ADAPTIVE, FIXED, Column, TensorGroup
 
 Row = list[float]  # one row of the table of scalars, indexed by Column
 
+# q and peak below are numbers for norms of order other than 2 and inf, and None for those two.
+
 # ---- formulas, on one tensor; csrc/math has the same names -----------------------------------------
 
 
@@ -34,32 +36,32 @@ def ratio(u: Tensor, peak: Tensor) -> Tensor:
     return torch.where(peak == 0, u.abs(), u.abs() / peak)
 
 
-def square(u: Tensor, q: float | None, peak: Tensor | None) -> Tensor:
+def square(u: Tensor, q: Any, peak: Any) -> Tensor:
     """``u^2``."""
     return u.square()
 
 
-def magnitude(u: Tensor, q: float | None, peak: Tensor | None) -> Tensor:
+def magnitude(u: Tensor, q: Any, peak: Any) -> Tensor:
     """``|u|``, of which the largest is the peak."""
     return u.abs()
 
 
-def power(u: Tensor, q: float | None, peak: Tensor | None) -> Tensor:
+def power(u: Tensor, q: Any, peak: Any) -> Tensor:
     """``(|u| / peak)^q``."""
     return ratio(u, peak).pow(q)
 
 
-def linear(u: Tensor, q: float | None, peak: Tensor | None) -> Tensor:
+def linear(u: Tensor, q: Any, peak: Any) -> Tensor:
     """``h(u) = u``: p = 2."""
     return u
 
 
-def sign(u: Tensor, q: float | None, peak: Tensor | None) -> Tensor:
+def sign(u: Tensor, q: Any, peak: Any) -> Tensor:
     """``h(u) = sign(u)``: p = inf."""
     return u.sign()
 
 
-def powered(u: Tensor, q: float | None, peak: Tensor | None) -> Tensor:
+def powered(u: Tensor, q: Any, peak: Any) -> Tensor:
     """``h(u) = sign(u) (|u| / peak)^(q - 1)``: any other p."""
     return u.sign() * ratio(u, peak).pow(q - 1)
 
@@ -99,7 +101,10 @@ def sgd(w: Tensor, g: Tensor, buffer: Tensor | None, row: Row, fresh: bool) -> t
     momentum = row[Column.MOMENTUM]
     if momentum == 0:
         return w.add(g, alpha=-row[Column.LR]), buffer
-    buffer = g if fresh else (buffer * momentum).add(g, alpha=1 - row[Column.DAMPENING])
+    if fresh or buffer is None:
+        buffer = g
+    else:
+        buffer = (buffer * momentum).add(g, alpha=1 - row[Column.DAMPENING])
     direction = g.add(buffer, alpha=momentum) if row[Column.NESTEROV] else buffer
     return w.add(direction, alpha=-row[Column.LR]), buffer
 
@@ -221,9 +226,9 @@ class Reference:
             xs = [column[t] for column in lists]
             # All sums before the first store: an output may be one of the lists.
             sums = [_weighted_sum(weights, xs) for weights in coefficients.tolist()]
-            for out, total in zip(outs, sums, strict=True):
-                if out[t] is not None:
-                    out[t].copy_(total)
+            for out, total in zip((column[t] for column in outs), sums, strict=True):
+                if out is not None:
+                    out.copy_(total)
 
     def descend_(
         self,

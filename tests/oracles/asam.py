@@ -10,9 +10,14 @@ from oracles.sam import Tensors, total_norm
 
 
 def perturbation(
-    weights: Tensors, gradients: Tensors, rho: float = 0.5, eta: float = 0.01, p: float = 2.0, only: str | None = "weight"
+    weights: Tensors,
+    gradients: Tensors,
+    rho: float = 0.5,
+    eta: float = 0.01,
+    p: float = 2.0,
+    only: str | None = "weight",
 ) -> Tensors:
-    """Return e with T = |w| + eta where the name contains `only` (everywhere when None) and T = 1 elsewhere."""
+    """Return e with T = |w| + eta where the name contains `only` (everywhere when None), else T = 1."""
     scale = {
         name: weights[name].double().abs() + eta
         if only is None or only in name

@@ -1,4 +1,4 @@
-"""SGD (Sutskever et al. 2013), Adam (Kingma and Ba 2015; Reddi et al. 2018), AdamW (Loshchilov and Hutter 2019)."""
+"""SGD (Sutskever et al. 2013), Adam (Kingma, Ba 2015; Reddi et al. 2018), AdamW (Loshchilov, Hutter 2019)."""
 
 from __future__ import annotations
 
@@ -72,5 +72,3 @@ class Adam:
 def adamw(**options) -> Adam:
     """Return Adam with decoupled weight decay (torch's default of 0.01)."""
     return Adam(**{"weight_decay": 1e-2, "decoupled": True, **options})
-
-

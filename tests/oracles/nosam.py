@@ -1,4 +1,4 @@
-"""SAM on normalization parameters only: e_t = rho * g_t / ||g_chosen||, the norm over the chosen tensors, 0 elsewhere."""
+"""SAM on normalization parameters only: e_t = rho * g_t / ||g||, the norm over the chosen tensors; else 0."""
 
 from __future__ import annotations
 

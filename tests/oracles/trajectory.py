@@ -22,7 +22,9 @@ class Stops:
     updated: Tensors
 
 
-def gradient_of(model: torch.nn.Module, loss: Callable[[torch.Tensor, int], torch.Tensor], inputs: list) -> Gradient:
+def gradient_of(
+    model: torch.nn.Module, loss: Callable[[torch.Tensor, int], torch.Tensor], inputs: list
+) -> Gradient:
     """Return gradient(weights, step) of `loss(model(inputs[step]), step)` in float64."""
 
     def gradient(weights: Tensors, step: int) -> Tensors:

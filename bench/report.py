@@ -1,0 +1,263 @@
+"""Results as text tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .cases import BASES, CASES
+from .goals import GOALS, OURS, Outcome, fraction_of_roofline
+from .passes import BACKENDS, BYTES
+from .peers import COPY, SPECS, label
+from .records import Results, Row
+from .training import MODELS, PLAIN, PLAIN_LABEL
+
+SECTIONS = ("step", "host", "passes", "train")
+
+
+def number(x: float | None) -> str:
+    """Three figures, without exponents."""
+    if x is None:
+        return ""
+    return (
+        f"{x:,.0f}"
+        if abs(x) >= 100
+        else f"{x:.1f}"
+        if abs(x) >= 10
+        else f"{x:.2f}"
+        if abs(x) >= 0.1
+        else f"{x:.3f}"
+    )
+
+
+def _spread(row: Row | None) -> str:
+    return "" if row is None else f"{number(row['p20'])} .. {number(row['p80'])}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", header_style="", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
+
+
+def _heading(row: Row) -> str:
+    size = f"{row['tensors']} tensors, {row['numel'] / 1e6:.2f}M"
+    return f"{CASES[row['case']].title} ({size}), {BASES[row['base']].title}"
+
+
+def unit_table(results: Results, unit: str) -> Table:
+    """The table of one unit, whatever its section."""
+    section = unit.split("/")[0]
+    return {"step": _step_table, "host": _host_table, "passes": _passes_table, "train": _train_table}[
+        section
+    ](results, unit)
+
+
+def _reasons(results: Results, unit: str, table: Table) -> Table:
+    notes = []
+    for row in results.rows:
+        if row["unit"] == unit and row["metric"] in ("skipped", "wrong"):
+            name = label(row["peer"]) if row["peer"] in SPECS else row["peer"]
+            word = "WRONG, not timed" if row["metric"] == "wrong" else "not run"
+            notes.append(f"{name}: {word}: {row['value']}")
+    table.caption, table.caption_justify, table.caption_style = "\n".join(notes) or None, "left", ""
+    return table
+
+
+def _step_table(results: Results, unit: str) -> Table:
+    rows = [row for row in results.rows if row["unit"] == unit]
+    table = _table(
+        f"One SAM step, optimizer phase only: {_heading(rows[0])}, {rows[0]['dtype']}; milliseconds",
+        "peer",
+        "norm +\nperturb",
+        "restore +\nupdate",
+        "step",
+        "p20 .. p80",
+        "x ours",
+        "B/\nparam",
+        "GB/s",
+        "of\ncopy",
+        "extra\nB/param",
+        "first\ncall ms",
+        "compile\ns",
+        "error",
+    )
+    copy = results.find(unit, COPY, "total_ms")
+    for key in (*SPECS, COPY):
+        total = results.find(unit, key, "total_ms")
+        if total is None:
+            continue
+
+        def value(metric: str, key: str = key) -> float | None:
+            return results.value(unit, key, metric)
+
+        ratio = results.ratio(unit, key, OURS, "total_ms")
+        extra, error = value("extra_bytes"), value("error")
+        table.add_row(
+            label(key),
+            number(value("phase1_ms")) if SPECS.get(key, SPECS[OURS]).ascent else "",
+            number(value("phase2_ms")),
+            number(total["p50"]),
+            _spread(total),
+            number(ratio and ratio["p50"]),
+            number(total["bytes"] / total["numel"]),
+            number(total["bytes"] / total["p50"] / 1e6),
+            _percent(copy and total["bytes"] / copy["bytes"] * copy["p50"] / total["p50"]),
+            "" if extra is None else f"{extra / total['numel']:.2f}",
+            number(value("first_call_ms")),
+            number(_compile_seconds(results, unit, key)),
+            "" if error is None else f"{error:.0e}",
+        )
+    return _reasons(results, unit, table)
+
+
+def _percent(x: float | None) -> str:
+    return "" if x is None else f"{100 * x:.0f}%"
+
+
+def _compile_seconds(results: Results, unit: str, key: str) -> float | None:
+    """Both halves; the first is one function for all compiled peers, so one of them finds it compiled."""
+    second = results.value(unit, key, "compile2_s")
+    if second is None:
+        return None
+    firsts = [
+        results.value(unit, other, "compile1_s") for other, spec in SPECS.items() if spec.kind == "compiled"
+    ]
+    return second + max(x for x in firsts if x is not None)
+
+
+def _host_table(results: Results, unit: str) -> Table:
+    rows = [row for row in results.rows if row["unit"] == unit]
+    title = f"{CASES[rows[0]['case']].title}, {BASES[rows[0]['base']].title}"
+    table = _table(
+        f"Host time of one SAM step: {rows[0]['tensors']} tensors of one element ({title}); microseconds",
+        "peer",
+        "norm +\nperturb",
+        "restore +\nupdate",
+        "step",
+        "p20 .. p80",
+        "x ours",
+        "per tensor",
+    )
+    for key in SPECS:
+        total = results.find(unit, key, "total_ms")
+        if total is None:
+            continue
+        phases = [results.value(unit, key, f"phase{i}_ms") for i in (1, 2)]
+        ratio = results.ratio(unit, key, OURS, "total_ms")
+        table.add_row(
+            label(key),
+            number(1e3 * phases[0]) if SPECS[key].ascent else "",
+            number(1e3 * phases[1]),
+            number(1e3 * total["p50"]),
+            f"{number(1e3 * total['p20'])} .. {number(1e3 * total['p80'])}",
+            number(ratio and ratio["p50"]),
+            number(1e3 * total["p50"] / total["tensors"]),
+        )
+    return _reasons(results, unit, table)
+
+
+def _passes_table(results: Results, unit: str) -> Table:
+    rows = [row for row in results.rows if row["unit"] == unit]
+    table = _table(
+        f"Every pass by itself on {rows[0]['numel'] / 2**20:.1f}M elements, {rows[0]['dtype']}",
+        "pass",
+        "ms",
+        "p20 .. p80",
+        "GB/s",
+        "of\nroofline",
+        "p20 .. p80\nof that",
+        "roofline",
+    )
+
+    def add(peer: str, outcome: Outcome) -> None:
+        row = results.find(unit, peer, "total_ms")
+        if row is None:
+            return
+        spread = "" if outcome.value is None else f"{_percent(outcome.p20)} .. {_percent(outcome.p80)}"
+        table.add_row(
+            peer,
+            number(row["p50"]),
+            _spread(row),
+            number(row["bytes"] / row["p50"] / 1e6),
+            _percent(outcome.value),
+            spread,
+            outcome.against,
+        )
+
+    for peer in results.peers(unit):
+        if ":" in peer:
+            add(peer, Outcome(None))
+    for backend in BACKENDS:
+        table.add_section()
+        for name in BYTES:
+            add(f"{backend} {name}", fraction_of_roofline(results, unit, backend, name))
+    return _reasons(results, unit, table)
+
+
+def _train_table(results: Results, unit: str) -> Table:
+    rows = [row for row in results.rows if row["unit"] == unit]
+    first = rows[0]
+    table = _table(
+        f"Whole training step: {MODELS[first['case']][0]} ({first['numel'] / 1e6:.1f}M), "
+        f"{BASES[first['base']].title}, batch {first['batch']}; "
+        "two forward and backward passes and the optimizer phase; milliseconds",
+        "peer",
+        "step",
+        "p20 .. p80",
+        "of which\noptimizer",
+        "share",
+        f"{first['unit_of_items']}/s",
+        "x ours",
+    )
+    for key in results.peers(unit):
+        total, phase = (results.find(unit, key, metric) for metric in ("total_ms", "optimizer_ms"))
+        if total is None or phase is None:
+            continue
+        ratio = results.ratio(unit, key, OURS, "total_ms")
+        table.add_row(
+            PLAIN_LABEL if key == PLAIN else label(key),
+            number(total["p50"]),
+            _spread(total),
+            number(phase["p50"]),
+            _percent(phase["p50"] / total["p50"]),
+            number(1e3 * first["items"] / total["p50"]),
+            number(ratio and ratio["p50"]),
+        )
+    return _reasons(results, unit, table)
+
+
+def goals_table(results: Results) -> Table:
+    """Goal, measured, met or not."""
+    table = _table("Goals", "goal", "wanted", "measured", "p20 .. p80", "met", "against")
+    for goal in GOALS:
+        outcome = goal.measure(results)
+        met = goal.is_met(outcome)
+        at_least = ">=" if goal.sign > 0 else "<="
+        spread = f"{outcome.p20:.2f} .. {outcome.p80:.2f}" if outcome.p80 else ""
+        table.add_row(
+            goal.text,
+            f"{at_least} {goal.target:.4g}{goal.unit}",
+            "not measured" if outcome.value is None else f"{outcome.value:.2f}{goal.unit}",
+            spread,
+            "" if met is None else "yes" if met else "NO",
+            outcome.against,
+        )
+    return table
+
+
+def write_text(results: Results, target: Path) -> None:
+    """Every table, and the machine, as plain text."""
+    with target.open("w") as file:
+        console = Console(file=file, width=200, color_system=None)
+        for key, value in (results.rows[0]["machine"] if results.rows else {}).items():
+            console.print(f"{key:>18}  {value}", highlight=False)
+        for section in SECTIONS:
+            for unit in results.units(section):
+                console.print()
+                console.print(unit_table(results, unit))
+        console.print()
+        console.print(goals_table(results))

@@ -1,0 +1,174 @@
+"""One command for all measurements: python -m bench.run
+
+Every unit (a parameter list with a base optimizer, the passes, a training step) is printed and saved
+when it is done, so a run can be stopped and taken up again with --resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import machine, passes, report, steps, training
+from .cases import BASES, CASES
+from .records import Results, Row
+from .timing import Effort
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+Measure = Callable[[Callable[[str], None], Callable[[int, int], None]], list[Row]]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", nargs="+", choices=report.SECTIONS, default=report.SECTIONS, help="sections"
+    )
+    parser.add_argument(
+        "--cases", nargs="+", choices=[n for n, c in CASES.items() if c.bases], help="parameter lists"
+    )
+    parser.add_argument(
+        "--bases", nargs="+", choices=BASES, help="base optimizers (default: those of each case)"
+    )
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
+    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
+    parser.add_argument(
+        "--quick", action="store_true", help="few rounds, two lists, nothing compiled; saved apart"
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="to spend on the rounds of a unit (default 12, quick 3)"
+    )
+    parser.add_argument("--compile", choices=("goals", "all", "none"), help="where torch.compile takes part")
+    parser.add_argument("--cap", type=int, help="cut every tensor to this many elements (smoke tests)")
+    parser.add_argument("--resume", action="store_true", help="skip units that this commit has measured here")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results/<machine>)")
+    return parser.parse_args()
+
+
+def plan(arguments: argparse.Namespace) -> Iterator[tuple[str, Measure]]:
+    """Names of units, and how to measure them."""
+    quick = arguments.quick
+    seconds = arguments.seconds or (3.0 if quick else 12.0)
+    effort = Effort(2, 5, 50, seconds) if quick else Effort(5, 9, 200, seconds)
+    cases = arguments.cases or (
+        ["resnet50", "many_tiny"] if quick else [n for n, c in CASES.items() if c.bases]
+    )
+    dtypes = [DTYPES[name] for name in arguments.dtype]
+    if "step" in arguments.only:
+        for dtype in dtypes:
+            for unit in _steps(arguments, cases, dtype):
+                yield unit.name, partial(steps.measure, unit, effort)
+    if "host" in arguments.only:
+        for base in arguments.bases or BASES:
+            no = "its host time is not measured unless asked for with --compile all"
+            unit = steps.Unit("host", "resnet50", base, torch.float32, 1, arguments.compile == "all" or no)
+            yield unit.name, partial(steps.measure, unit, effort)
+    if "passes" in arguments.only:
+        for dtype in dtypes:
+            name = f"passes/one_huge/{str(dtype)[6:]}"
+            yield name, partial(passes.measure, dtype, arguments.cap, effort)
+    if "train" in arguments.only:
+        for name, (*_, batches, _, _) in training.MODELS.items():
+            for batch in batches[:1] if quick else batches:
+                yield f"train/{name}/{batch}", partial(training.measure, name, batch, effort)
+
+
+def _steps(arguments: argparse.Namespace, cases: list[str], dtype: torch.dtype) -> Iterator[steps.Unit]:
+    where = arguments.compile or ("none" if arguments.quick else "goals")
+    for name in cases:
+        for base in arguments.bases or CASES[name].bases:
+            compiled = where == "all" or (
+                where == "goals" and base in CASES[name].compiled and dtype == torch.float32
+            )
+            no = "compiling takes about a minute and a half; --compile all includes this unit"
+            yield steps.Unit("step", name, base, dtype, arguments.cap, compiled or no)
+
+
+def main() -> int:
+    arguments = parse()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    # An empty cache, or the compile times would be those of an earlier run.
+    cache = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
+    torch._logging.set_logs(all=logging.ERROR)
+    console = Console(width=None if Console().is_terminal else 200)
+    about = machine.describe() | {"effort": "quick" if arguments.quick else "full"}
+    folder = arguments.out or machine.RESULTS / machine.slug()
+    results = Results(folder / ("quick.jsonl" if arguments.quick else "results.jsonl"), about)
+    console.print("  ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
+    _warn_of_neighbours(console)
+    failed = [
+        name
+        for name, measure in plan(arguments)
+        if not _run(name, measure, results, arguments.resume, console)
+    ]
+    _write(results, console)
+    broken = [row for row in results.rows if row["metric"] == "wrong" and row["peer"].startswith("ours")]
+    for name in failed:
+        console.print(f"{name} was not measured", style="bold red")
+    for row in broken:
+        console.print(f"{row['unit']}: {row['peer']} is wrong: {row['value']}", style="bold red")
+    return 1 if failed or broken else 0
+
+
+def _run(name: str, measure: Measure, results: Results, resume: bool, console: Console) -> bool:
+    if resume and results.has(name):
+        console.print(f"{name}: measured already")
+        return True
+    console.print(f"\n[bold]{name}[/bold]")
+    began = time.perf_counter()
+    columns = (TextColumn("  {task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("gate", total=None)
+        try:
+            rows = measure(
+                lambda text: console.print(text, highlight=False, markup=False),
+                lambda done, of: progress.update(task, description="rounds", completed=done, total=of),
+            )
+        except Exception:  # one unit must not cost the others; the traceback says why
+            console.print_exception()
+            return False
+    load = machine.load()
+    results.replace(name, [{**row, "load": round(load, 2)} for row in rows])
+    console.print(report.unit_table(results, name))
+    console.print(f"  {time.perf_counter() - began:.0f} s, load {load:.1f}", highlight=False)
+    return True
+
+
+def _warn_of_neighbours(console: Console) -> None:
+    if machine.load() > 0.5 * machine.cores():
+        console.print(
+            f"load is {machine.load():.1f} on {machine.cores()} cores before anything is measured: "
+            "ratios of interleaved rounds may survive that, milliseconds do not",
+            style="yellow",
+        )
+
+
+def _write(results: Results, console: Console) -> None:
+    from . import plot
+
+    console.print(report.goals_table(results))
+    text = results.path.with_suffix(".txt")
+    report.write_text(results, text)
+    console.print(f"{results.path}\n{text}", highlight=False)
+    picture = results.path.with_suffix(".png")
+    try:
+        if plot.draw(results, picture):
+            console.print(str(picture), highlight=False)
+    except ImportError as error:
+        console.print(f"no picture: {error}. Install matplotlib and run python -m bench.plot {results.path}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
