@@ -1,6 +1,8 @@
 # Every target does one thing and sets up what it needs in .venv; a second run reuses it.
 #   make demo    make test    make help
-# PYTHON chooses the interpreter that makes .venv. VENV= (empty) uses PYTHON as it is, with what is installed.
+# PYTHON  the interpreter that makes .venv.
+# VENV    where it is made; VENV= (empty) uses PYTHON as it is, with the sam_kernels installed there.
+# TORCH   what pip installs as torch; add --index-url where your index has no small build of it.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,28 +10,32 @@ TORCH ?= torch==2.13.0
 
 ifeq ($(VENV),)
 PY := $(PYTHON)
+BIN := $(dir $(shell command -v $(PYTHON)))
 READY :=
-TOOLS :=
 else
 PY := $(VENV)/bin/python
+BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.package
-TOOLS := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 endif
 
-NATIVE_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp')
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+TOOLS := PATH="$(BIN):$$PATH"
+CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp')
+NATIVE := CMakeLists.txt setup.py pyproject.toml $(CSRC)
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 .PHONY: help demo test test-cpp test-python lint format bench doctor gpu-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(READY) ## train on real data with SGD, SAM and ASAM; print and draw what came of it
-	$(PY) -m examples.digits
+	@$(PY) -m examples.digits
 
 test: lint test-cpp test-python ## lint, C++ tests (plain and under sanitizers), Python tests
 
-test-python: $(READY)
+test-python: $(READY) ## Python tests
 	$(PY) -m pytest
 
 test-cpp: $(READY) ## C++ tests, plain and under AddressSanitizer and UBSan
@@ -40,18 +46,18 @@ lint: $(READY) ## ruff, mypy, clang-format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(TOOLS) clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	@echo "clang-format --dry-run -Werror csrc"; $(TOOLS) clang-format --dry-run -Werror $(CSRC)
 
 format: $(READY) ## rewrite the sources in the house format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(TOOLS) clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+	@echo "clang-format -i csrc"; $(TOOLS) clang-format -i $(CSRC)
 
 bench: $(READY) ## step throughput against reference SAM and other peers; writes bench/results/
-	$(PY) -m bench.run
+	@$(PY) -m bench.run
 
 doctor: $(READY) ## what this installation can do, and why not more
-	$(PY) -m sam_kernels.doctor
+	@$(PY) -m sam_kernels.doctor
 
 gpu-check: ## measure and test on a GPU (not in this version)
 	@echo "gpu-check needs the CUDA library, which this version does not contain; nothing was checked." >&2; exit 1
@@ -59,26 +65,32 @@ gpu-check: ## measure and test on a GPU (not in this version)
 clean: ## remove builds and .venv
 	rm -rf build dist *.egg-info sam_kernels/_native*.so sam_kernels/_build.json $(VENV)
 
+# Configures, builds and runs the C++ tests in one folder; shows the log of a build that failed.
 comma := ,
 define ctest_in
-cmake_log=$$(mktemp); \
-$(TOOLS) cmake -S . -B $(1) -G Ninja -DSAMK_BUILD_PYTHON=OFF -DSAMK_BUILD_TESTS=ON -DSAMK_SANITIZE=$(2) >$$cmake_log \
-  && $(TOOLS) cmake --build $(1) >>$$cmake_log || { cat $$cmake_log; exit 1; }; \
+echo "ctest in $(1)"; mkdir -p $(1); \
+{ $(TOOLS) cmake -S . -B $(1) -G Ninja -DSAMK_BUILD_PYTHON=OFF -DSAMK_BUILD_TESTS=ON -DSAMK_SANITIZE=$(2) \
+  && $(TOOLS) cmake --build $(1); } >$(1)/build.log 2>&1 || { cat $(1)/build.log >&2; exit 1; }; \
 $(TOOLS) ctest --test-dir $(1) --output-on-failure
 endef
 
 ifneq ($(VENV),)
-# torch goes first and pinned: anything that asks for "torch" would bring the newest, with gigabytes of CUDA.
+# torch goes first and pinned: whatever asks for "torch" would bring the newest, with gigabytes of CUDA.
 $(VENV)/.tools: pyproject.toml
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-	  echo "$(PYTHON) cannot make virtual environments; install its venv package (python3-venv), or call make with VENV= to use it as it is" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) numpy
-	$(PY) -m pip install --quiet --disable-pip-version-check 'setuptools>=77' cmake ninja pybind11 \
-	  scikit-learn matplotlib rich pytorch-optimizer pytest pytest-benchmark hypothesis ruff mypy clang-format
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "'$(PYTHON)' is not a Python 3.10 or newer; name one that is: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo "'$(PYTHON)' cannot make virtual environments; install its venv package (on Debian python3-venv)," \
+	    "or use an environment of your own: make PYTHON=... VENV= ..." >&2; exit 1; }
+	@echo "making $(VENV): torch and tools; a few minutes the first time"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) $(TORCH) numpy
+	@$(PIP) 'setuptools>=77' 'cmake>=3.20' ninja 'pybind11>=2.12'
 	@touch $@
 
-$(VENV)/.package: $(VENV)/.tools $(NATIVE_SOURCES)
-	$(TOOLS) $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+# Without isolation, so that object files are reused and a change in one source costs its own compilation.
+$(VENV)/.package: $(VENV)/.tools $(NATIVE)
+	@echo "building and installing sam_kernels"
+	@$(TOOLS) $(PIP) --no-build-isolation -e '.[dev,demo,bench]'
 	@touch $@
 endif

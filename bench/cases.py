@@ -113,6 +113,7 @@ class Case:
     Attributes:
         bases: names of the base optimizers it is timed with unless asked otherwise.
         compiled: which of them torch.compile is tried with; it takes about half a minute per half step.
+        default: whether a run without --cases has it; together those take less than ten minutes.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Case:
     generate: Any
     bases: tuple[str, ...] = ()
     compiled: tuple[str, ...] = ()
+    default: bool = True
 
     def shapes(self, cap: int | None = None) -> list[Shape]:
         """The shapes; with `cap`, tensors of more elements become vectors of that many."""
@@ -136,11 +138,11 @@ CASES = {
     for case in (
         Case("resnet50", "ResNet-50", resnet50, ("sgd", "adamw"), ("sgd",)),
         Case("vit_b", "ViT-B/16", vit_b, ("adamw",), ("adamw",)),
-        Case("bert_base", "BERT-base", bert_base, ("adamw",)),
+        Case("bert_base", "BERT-base", bert_base, ("adamw",), default=False),
         Case("gpt2", "GPT-2 small", gpt2, ("adamw",)),
         Case("lora", "LoRA r=16 of a 7B", lora, ("adamw",)),
         Case("many_tiny", "5,000 tensors of 64", many_tiny, ("sgd", "adamw")),
-        Case("one_huge", "one tensor of 64M", one_huge),
+        Case("one_huge", "one tensor of 64M", one_huge, default=False),
     )
 }
 

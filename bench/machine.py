@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,33 @@ def describe() -> dict[str, Any]:
     }
 
 
-def load() -> float:
-    """Processes that ran in the last minute, ours included; above the cores, numbers are suspect."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+class Neighbours:
+    """How many cores other processes (and other guests of the host) kept busy since construction.
+
+    The load average would not do: it counts our own threads and forgets slowly.
+    """
+
+    def __init__(self) -> None:
+        self._began, self._busy, self._own = time.perf_counter(), _busy_seconds(), _own_seconds()
+
+    def cores(self) -> float | None:
+        """Cores on average; None where the system does not say."""
+        if self._busy is None:
+            return None
+        others = (_busy_seconds() - self._busy) - (_own_seconds() - self._own)
+        return max(0.0, others / (time.perf_counter() - self._began))
+
+
+def _busy_seconds() -> float | None:
+    """Seconds all cores together have computed since boot."""
+    try:
+        fields = list(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]))
+    except (OSError, ValueError):
+        return None
+    user, nice, system, _idle, _wait, irq, softirq, steal = fields
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system

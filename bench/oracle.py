@@ -67,7 +67,7 @@ def trajectory(workspace: Workspace, base: Base, rho: float = RHO) -> Trajectory
     weights = workspace.weights64()
     start = [w.clone() for w in weights]
     slots = {name: [torch.zeros_like(w) for w in weights] for name in base.slots}
-    update: Callable[..., None] = _sgd if base.name == "sgd" else _adamw
+    update: Callable[..., None] = sgd if base.name == "sgd" else adamw
     perturbed = Stop([], 0.0)
     for step in range(STEPS):
         first, second = gradients_of_step(workspace, step)
@@ -82,13 +82,15 @@ def trajectory(workspace: Workspace, base: Base, rho: float = RHO) -> Trajectory
     return Trajectory(perturbed, Stop(weights, reach))
 
 
-def _sgd(w: Tensor, g: Tensor, slots: dict[str, Tensor], step: int, *, lr, momentum, weight_decay) -> None:
+def sgd(w: Tensor, g: Tensor, slots: dict[str, Tensor], step: int, *, lr, momentum, weight_decay) -> None:
+    """SGD with momentum, in place."""
     buffer = slots["momentum_buffer"]
     buffer.mul_(momentum).add_(g.add_(w, alpha=weight_decay))
     w.sub_(buffer, alpha=lr)
 
 
-def _adamw(w: Tensor, g: Tensor, slots: dict[str, Tensor], step: int, *, lr, weight_decay) -> None:
+def adamw(w: Tensor, g: Tensor, slots: dict[str, Tensor], step: int, *, lr, weight_decay) -> None:
+    """AdamW with its default betas, in place."""
     beta1, beta2, eps = 0.9, 0.999, 1e-8
     mean, square = slots["exp_avg"], slots["exp_avg_sq"]
     w.mul_(1 - lr * weight_decay)

@@ -101,9 +101,8 @@ def _panel(axis, results: Results, unit: str) -> None:  # type: ignore[no-untype
         axis.barh(
             place, middle, color=_color(key), height=0.72, xerr=spread, error_kw={"lw": 1, "ecolor": "0.25"}
         )
-        text = f"{middle:.2f}" if middle < 10 else f"{middle:.0f}"
         axis.annotate(
-            text, (ratio["p80"], place), (4, 0), textcoords="offset points", va="center", fontsize=8
+            number(middle), (ratio["p80"], place), (4, 0), textcoords="offset points", va="center", fontsize=8
         )
     axis.axvline(1, color=_OURS, lw=1, ls=":")
     axis.set_yticks(list(places), [_LABELS.get(key) or label(key) for key in _PEERS], fontsize=9)

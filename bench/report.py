@@ -14,6 +14,13 @@ from .peers import COPY, SPECS, label
 from .records import Results, Row
 from .training import MODELS, PLAIN, PLAIN_LABEL
 
+# Cores that neighbours may use before numbers are suspect, and why they are.
+QUIET = 0.1
+NOISE = (
+    "peers with hundreds of small parallel regions wait for their threads far more than we do then, "
+    "so even ratios flatter us; not to be quoted"
+)
+
 SECTIONS = ("step", "host", "passes", "train")
 
 
@@ -246,6 +253,10 @@ def goals_table(results: Results) -> Table:
             "" if met is None else "yes" if met else "NO",
             outcome.against,
         )
+    noise = max((row.get("neighbours") or 0.0 for row in results.rows), default=0.0)
+    if noise > QUIET:
+        table.caption = f"Neighbours used up to {noise:.2f} cores while this was measured: {NOISE}."
+        table.caption_justify, table.caption_style = "left", "yellow"
     return table
 
 

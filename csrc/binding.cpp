@@ -144,7 +144,11 @@ class Plan {
   }
 
   void perturb(std::uintptr_t table, int shape, double q, std::uintptr_t peak, std::uintptr_t norm,
-               std::uintptr_t tensor_scale) const {
+               std::uintptr_t tensor_scale) {
+    // Only tensors that were handed a snapshot buffer are perturbed.
+    for (std::size_t t = 0; t < numel_.size(); ++t) {
+      if (tables_[kSnapshots].data[t] == nullptr) tables_[kGrads].data[t] = nullptr;
+    }
     samk_perturb_args args{};
     args.params = list(kParams);
     args.grads = list(kGrads);

@@ -94,9 +94,10 @@ typedef struct samk_sq_norm_args {
 SAMK_API int samk_sq_norm(const samk_plan*, const samk_sq_norm_args*);
 
 // snapshot = w;  w += scale * T * h(T * g),  scale = rho / (norm + eps) * tensor_scale[t].
-// SAMK_SIGN uses scale = rho. If *norm is not finite the weights keep their bits (a branch, never
-// a multiplication by zero) and the snapshot is still written. Tensors without gradient data, or
-// with a SAMK_FIXED row, are left alone altogether.
+// SAMK_SIGN uses scale = rho * tensor_scale[t]. A scale that is not finite in the calculating type is
+// taken as 0. A tensor without a snapshot is not perturbed. If *norm is not finite the weights keep their
+// bits (a branch, never a multiplication by zero) and the snapshot is still written. Tensors without gradient
+// data, or with a SAMK_FIXED row, are left alone altogether.
 typedef struct samk_perturb_args {
   samk_list params, grads, snapshots;
   const int32_t* row;
@@ -141,7 +142,7 @@ SAMK_API int samk_combine(const samk_plan*, const samk_combine_args*);
 
 // The base optimizer's update, reading the snapshot in place of w where there is one and writing w
 // once. A tensor with a snapshot and no gradient is restored; one with neither is left alone.
-// If *guard is not finite, or *found_inf is 1: w = snapshot and nothing else moves, step counters
+// If *guard is not finite, or *found_inf is not 0: w = snapshot and nothing else moves, step counters
 // included.
 typedef struct samk_descend_args {
   samk_list params, grads, snapshots;

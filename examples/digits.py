@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
 import sys
@@ -432,7 +433,7 @@ def throughput(console: Console, quick: bool) -> Table:
     out = Table(
         title=f"SAM around SGD momentum, ResNet-50's {len(workspace.first)} tensors, {size}",
         title_justify="left",
-        caption=f"{len(seconds[REFERENCE])} interleaved rounds; x eager: median of ratios",
+        caption=f"{len(seconds[REFERENCE])} interleaved rounds; x eager: median of their ratios",
         caption_justify="left",
     )
     out.add_column("")
@@ -446,6 +447,18 @@ def throughput(console: Console, quick: bool) -> Table:
         spread = f"{low:.{digits}f} to {high:.{digits}f}"
         out.add_row(SPECS[key].label, f"{middle:.{digits}f}", spread, f"{1e3 / middle:.1f}", f"{faster:.2f}")
     return out
+
+
+def warn_of_neighbours(console: Console) -> None:
+    """Say so when other programs keep the cores busy: times then say little."""
+    cores = os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > cores + 1:
+        console.print(
+            f"The machine is busy (load {load:.1f} on {cores} cores): take all times here with caution.",
+            style="yellow",
+            highlight=False,
+        )
 
 
 def _timed_step(peer: Any) -> Callable[[], dict[str, float]]:
@@ -510,6 +523,7 @@ def show(runs: list[Run], asked: argparse.Namespace, seconds: float, console: Co
     )
     for sentence in sentences(runs):
         console.print(sentence, highlight=False)
+    warn_of_neighbours(console)
     png, numbers = asked.out / "digits.png", asked.out / "digits.json"
     plural = f"{seeds} seeds" if seeds > 1 else "one seed"
     picture(runs, png, f"Handwritten digits, the same number of gradients for each method, {plural}{noise}")
@@ -542,6 +556,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print()
     try:
         console.print(throughput(console, asked.quick))
+        warn_of_neighbours(console)
         console.print("More lists, base optimizers and passes: python -m bench", highlight=False)
     except ImportError as error:
         console.print(f"No step throughput: {error}. Run this from the root of the repository.")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from . import __version__, backends
-from .backends import native
 from .tensor_groups import TensorGroup
 
 
@@ -23,26 +24,28 @@ def report() -> str:
         True
     """
     lines = [
-        ("sam_kernels", __version__),
-        ("python", platform.python_version()),
+        ("sam_kernels", f"{__version__} in {Path(__file__).parent}"),
+        ("python", f"{platform.python_version()}, {sys.executable}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("numpy", _version("numpy")),
         ("triton", _version("triton")),
-        ("platform", f"{platform.platform()}, {platform.machine()}"),
-        ("build", _build()),
+        ("platform", platform.platform()),
+        ("cpu", f"{_cpu()}, {os.cpu_count()} logical cores"),
+        ("cuda", _said(_cuda)),
+        *((f"backend {name}", _said(_backend, name)) for name in backends.names()),
+        ("build", _said(_build)),
+        *((key, value) for key, value in sorted(os.environ.items()) if key.startswith("SAM_KERNELS_")),
     ]
-    probe = TensorGroup([torch.zeros(1)], [0], [(0, 1, 0.0)])
-    for name in backends.names():
-        sentence = backends.get(name).refusal(probe)
-        note = "available" if sentence is None else f"not available: {sentence}"
-        if name == "native" and sentence is None:
-            note += f"; {native.describe()}"
-        lines.append((f"backend {name}", note))
-    cuda = "a device is visible to torch" if torch.cuda.is_available() else "no device is visible to torch"
-    lines.append(("cuda", f"{cuda}; this version serves such tensors through foreach and reference"))
-    lines += [(key, value) for key, value in sorted(os.environ.items()) if key.startswith("SAM_KERNELS_")]
     width = max(len(key) for key, _ in lines) + 2
     return "\n".join(f"{key:<{width}}{value}" for key, value in lines)
+
+
+def _said(ask: Callable[..., str], *arguments: str) -> str:
+    """The answer, or the exception as an answer: a doctor reports what is broken and goes on."""
+    try:
+        return ask(*arguments)
+    except Exception as problem:
+        return f"not available: {type(problem).__name__}: {problem}"
 
 
 def _version(package: str) -> str:
@@ -52,10 +55,32 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _cpu() -> str:
+    try:
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    except OSError:
+        names = []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+
+
+def _cuda() -> str:
+    seen = "a device is visible to torch" if torch.cuda.is_available() else "no device is visible to torch"
+    return f"{seen}; this version serves cuda tensors through foreach and reference"
+
+
+def _backend(name: str) -> str:
+    backend = backends.get(name)
+    refusal = backend.refusal(TensorGroup([torch.zeros(1)], [0], [(0, 1, 0.0)]))
+    if refusal is not None:
+        return f"not available: {refusal}"
+    describe = getattr(sys.modules[type(backend).__module__], "describe", None)
+    return f"available: {describe()}" if describe else "available"
+
+
 def _build() -> str:
     record = Path(__file__).with_name("_build.json")
     if not record.exists():
-        return "not recorded (the package was not installed)"
+        return "not recorded (this package was not installed by pip)"
     return str(json.loads(record.read_text())["summary"])
 
 

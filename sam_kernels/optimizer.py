@@ -190,9 +190,14 @@ class SAM(Optimizer):
                 f"{where}: adaptive=True and recipe '{self.recipe.name}' each choose a metric; drop one"
             )
 
+    def _adopt_strays(self) -> None:
+        """Give our keys to groups that came in through the base optimizer or the list itself."""
+        for index, group in enumerate(self.param_groups):
+            if "sam_step" not in group:
+                self._adopt_group(index)
+
     # ---- the step ------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, closure: Callable[..., Any] | None = None) -> Any:
         """Take one step.
 
@@ -210,6 +215,21 @@ class SAM(Optimizer):
             RuntimeError: for a step() with nothing pending that would silently not be SAM, or a
                 step(closure) in the middle of a two-step.
         """
+        try:
+            return self._step(closure)
+        except BaseException:
+            # Hooks run inside too: whatever raises, no perturbed weights stay behind.
+            if self._perturbed_groups() and closure is None:
+                self._restore()
+                self._phase = _IDLE
+            raise
+
+    # Tells torch.optim.Optimizer that the hooks are called already: `_step` below is the hooked one.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    @Optimizer.profile_hook_step
+    @torch.no_grad()
+    def _step(self, closure: Callable[..., Any] | None = None) -> Any:
         if closure is None:
             if self._phase == _IDLE:
                 self._plain_step()
@@ -306,6 +326,7 @@ class SAM(Optimizer):
     @property
     def is_due(self) -> bool:
         """Whether the coming step perturbs, by the recipe's cadence."""
+        self._adopt_strays()
         return self.recipe.cadence.is_due(self.param_groups[0]["sam_step"])
 
     def closure_kwargs(self, probe: int) -> dict[str, Any]:
@@ -413,6 +434,7 @@ class SAM(Optimizer):
 
     def _groups(self) -> Served:
         """The tensor groups with their backends, rebuilt when parameters were replaced or moved."""
+        self._adopt_strays()
         layout: list[Any] = []
         for group in self.param_groups:
             layout.extend(map(id, group["params"]))
@@ -420,9 +442,6 @@ class SAM(Optimizer):
         if self._served is not None and layout == self._layout:
             if all(group.is_current() for group, _ in self._served):
                 return self._served
-        for index, group in enumerate(self.param_groups):
-            if "sam_step" not in group:  # added behind our back, through the base optimizer
-                self._adopt_group(index)
         groups = collect(self.param_groups, self.recipe, member_lookup(self.param_groups, self.model))
         if groups and all(metric == FIXED for group in groups for _, metric, _ in group.keys):
             raise ValueError(

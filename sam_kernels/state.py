@@ -159,7 +159,14 @@ def _fit(base: Optimizer, group: TensorGroup, name: str, tensors: list[Any]) -> 
         return
     for t, tensor in enumerate(tensors):
         param = group.params[t]
-        if tensor is None or (tensor.stride() == param.stride() and tensor.dtype == param.dtype):
+        if tensor is None:
+            continue
+        if tensor.shape != param.shape:
+            raise ValueError(
+                f"{name} of parameter {t} has shape {tuple(tensor.shape)}; expected {tuple(param.shape)}. "
+                "The state that was loaded belongs to another model"
+            )
+        if tensor.stride() == param.stride() and tensor.dtype == param.dtype:
             continue
         tensors[t] = _empty_like(param).copy_(tensor)
         base.state[param][name] = tensors[t]

@@ -108,6 +108,14 @@ def test_oracle_agrees_with_torchs_own_optimizer(name):
     assert truth.perturbed.error(params) > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_passes_are_checked_before_they_are_timed(monkeypatch, dtype):
+    assert passes.wrong("foreach", dtype, 1001) == {}
+    calls = passes.calls
+    monkeypatch.setattr(passes, "calls", lambda v, backend: calls(v, backend) | {"restore_": lambda: None})
+    assert list(passes.wrong("foreach", dtype, 1001)) == ["restore_"]
+
+
 def test_streams_read_and_write_every_element():
     x, ones = torch.arange(640.0), torch.ones(640)
     for tool in passes.stream.copies(torch.empty(640), x):

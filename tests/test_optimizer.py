@@ -710,3 +710,19 @@ def test_loss_goes_down_for_maximize_too():
     for _ in range(20):
         opt.step(closure)
     assert abs(w.item()) < 0.1
+
+
+def test_closure_keywords_reach_each_pass():
+    w = Parameter(torch.ones(3))
+    opt = SAM([w], torch.optim.SGD, lr=0.1)
+    opt.closure_kwargs = lambda probe: {"ddp_sync": probe > 0}
+    seen = []
+
+    def closure(ddp_sync):
+        seen.append(ddp_sync)
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert seen == [False, True]

@@ -248,3 +248,21 @@ def test_state_is_cast_to_the_precision_of_the_parameter():
     assert slots["step"].dtype == torch.float32
     other.step(backward_of(wide, INPUTS[1]))
     assert all(bool(torch.isfinite(v).all()) for v in values(wide.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("base", "slot"), [(torch.optim.SGD, "momentum_buffer"), (torch.optim.Adam, "exp_avg")]
+)
+def test_state_of_another_shape_is_a_sentence_and_nothing_moves(base, slot):
+    options = {"momentum": 0.9} if base is torch.optim.SGD else {}
+    w = Parameter(torch.ones(6))
+    opt = SAM([w], base, lr=0.1, **options)
+    w.grad = torch.ones(6)
+    opt.first_step()
+    opt.second_step()
+    opt.state[w][slot] = torch.zeros(4)
+    before = w.detach().clone()
+    opt.first_step()
+    with pytest.raises(ValueError, match=rf"{slot}.*\(4,\); expected \(6,\)"):
+        opt.second_step()
+    assert torch.equal(w, before)

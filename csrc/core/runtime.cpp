@@ -13,6 +13,8 @@ thread_local std::string last_error;
 std::atomic<samk_parallel_for_fn> parallel_for{nullptr};
 std::atomic<samk_num_threads_fn> num_threads{nullptr};
 
+constexpr int64_t kParallelElements = 1 << 19;
+
 int64_t cache_bytes() {
   long bytes = -1;
 #ifdef _SC_LEVEL3_CACHE_SIZE
@@ -49,6 +51,8 @@ void for_each_span(const ChunkPlan& plan, const std::function<void(const Span&)>
   const auto ask = num_threads.load();
   const auto run = parallel_for.load();
   if (ask == nullptr || run == nullptr || ask(&threads) != 0) threads = 1;
+  // Waking the pool costs more than a couple of megabytes do, and far more on a busy machine.
+  if (plan.total() < kParallelElements) threads = 1;
   const int64_t helpers = std::min<int64_t>(threads, spans);
   Tickets tickets{plan, work};
   // Should the pool refuse, the tickets that are left are taken here.

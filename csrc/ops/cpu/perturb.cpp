@@ -64,8 +64,9 @@ int perturb(const samk_plan& plan, const samk_perturb_args& a) {
       double scale = row[SAMK_RHO];
       if (a.shape != SAMK_SIGN) scale /= *a.norm + row[SAMK_EPS];
       if (a.tensor_scale != nullptr) scale *= a.tensor_scale[t];
-      // With eps 0 and a zero gradient the quotient is not finite, and 0 * inf would move weights.
-      if (!std::isfinite(scale)) scale = 0;
+      // With eps 0 and a zero gradient the quotient is not finite, and 0 * inf would move weights; nor
+      // may a large one overflow in the narrower type.
+      if (!std::isfinite(static_cast<S>(scale))) scale = 0;
       if (row[SAMK_METRIC] == SAMK_ADAPTIVE) {
         const Adaptive<S> metric{static_cast<S>(row[SAMK_ETA])};
         perturb_shaped(a, w, g, s, chunk.size, streaming, scale, metric);
