@@ -75,11 +75,16 @@ def trajectory(workspace: Workspace, base: Base, rho: float = RHO) -> Trajectory
         scale = rho / (norm + EPS)
         if step == STEPS - 1:
             perturbed.weights = [w + _copy64(g).mul_(scale) for w, g in zip(weights, first, strict=True)]
-            perturbed.reach = scale * max(g.abs().max().item() for g in first)
+            # A weight near zero carries the roundings of every move that brought it there.
+            perturbed.reach = scale * max(g.abs().max().item() for g in first) + _largest_move(weights, start)
         for t, (weight, grad) in enumerate(zip(weights, second, strict=True)):
             update(weight, _copy64(grad), {name: slots[name][t] for name in slots}, step + 1, **base.options)
-    reach = max((w - s).abs_().max().item() for w, s in zip(weights, start, strict=True))
-    return Trajectory(perturbed, Stop(weights, reach))
+    return Trajectory(perturbed, Stop(weights, _largest_move(weights, start)))
+
+
+def _largest_move(weights: list[Tensor], start: list[Tensor]) -> float:
+    moves = ((w - s).abs_() for w, s in zip(weights, start, strict=True))
+    return max((move.max().item() for move in moves if move.numel()), default=0.0)
 
 
 def sgd(w: Tensor, g: Tensor, slots: dict[str, Tensor], step: int, *, lr, momentum, weight_decay) -> None:

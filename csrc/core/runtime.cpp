@@ -26,11 +26,13 @@ int64_t cache_bytes() {
 struct Tickets {
   const ChunkPlan& plan;
   const std::function<void(const Span&)>& work;
+  Order order;
   std::atomic<int64_t> next{0};
 
   void take_all() {
     const auto& spans = plan.spans();
-    for (int64_t s = next++; s < static_cast<int64_t>(spans.size()); s = next++) work(spans[s]);
+    const int64_t count = static_cast<int64_t>(spans.size());
+    for (int64_t s = next++; s < count; s = next++) work(spans[order == Order::kForward ? s : count - 1 - s]);
   }
 };
 
@@ -45,7 +47,7 @@ int fail(const std::string& sentence) {
   return 1;
 }
 
-void for_each_span(const ChunkPlan& plan, const std::function<void(const Span&)>& work) {
+void for_each_span(const ChunkPlan& plan, Order order, const std::function<void(const Span&)>& work) {
   const int64_t spans = static_cast<int64_t>(plan.spans().size());
   uint32_t threads = 1;
   const auto ask = num_threads.load();
@@ -54,7 +56,7 @@ void for_each_span(const ChunkPlan& plan, const std::function<void(const Span&)>
   // Waking the pool costs more than a couple of megabytes do, and far more on a busy machine.
   if (plan.total() < kParallelElements) threads = 1;
   const int64_t helpers = std::min<int64_t>(threads, spans);
-  Tickets tickets{plan, work};
+  Tickets tickets{plan, work, order};
   // Should the pool refuse, the tickets that are left are taken here.
   if (helpers > 1) run(0, helpers, 1, run_tickets, &tickets);
   tickets.take_all();

@@ -23,7 +23,8 @@ int fail(const std::string& sentence);
 
 // Calls work(span) for every span, in parallel where that pays; spans are taken dynamically, so a
 // disturbed core does not hold up the others. Results must not depend on who takes what.
-void for_each_span(const ChunkPlan& plan, const std::function<void(const Span&)>& work);
+enum class Order { kForward, kBackward };
+void for_each_span(const ChunkPlan& plan, Order order, const std::function<void(const Span&)>& work);
 
 // Whether a pass that moves this many bytes should write past the caches.
 bool exceeds_cache(int64_t bytes);

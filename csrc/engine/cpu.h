@@ -84,12 +84,17 @@ inline bool has(const samk_list& list, int32_t tensor) {
   return list.data != nullptr && list.data[tensor] != nullptr;
 }
 
-// Calls body(chunk, index) for every chunk of the plan, in parallel.
+// Calls body(chunk, index) for every chunk of the plan, in parallel. A pass that reads what the pass
+// before it read goes backward: what was read last is still in the cache.
 template <class Body>
-void for_each_chunk(const samk_plan& plan, Body body) {
+void for_each_chunk(const samk_plan& plan, Body body, Order order = Order::kForward) {
   const auto& chunks = plan.chunks.chunks();
-  for_each_span(plan.chunks, [&](const Span& span) {
-    for (int64_t c = span.first; c < span.last; ++c) body(chunks[c], c);
+  for_each_span(plan.chunks, order, [&](const Span& span) {
+    if (order == Order::kForward) {
+      for (int64_t c = span.first; c < span.last; ++c) body(chunks[c], c);
+    } else {
+      for (int64_t c = span.last; c-- > span.first;) body(chunks[c], c);
+    }
     finish_streaming();
   });
 }

@@ -49,31 +49,34 @@ int perturb(const samk_plan& plan, const samk_perturb_args& a) {
   return with_dtype("perturb_", a.params.dtype, [&](auto type) {
     using T = decltype(type);
     using S = typename Opmath<T>::S;
-    for_each_chunk(plan, [&](const Chunk& chunk, int64_t) {
-      const int32_t t = chunk.tensor;
-      const double* row = a.table + a.row[t] * SAMK_COLUMNS;
-      if (!has(a.grads, t) || !has(a.snapshots, t) || row[SAMK_METRIC] == SAMK_FIXED) return;
-      T* w = element<T>(a.params, t, chunk.begin);
-      const T* g = element<T>(a.grads, t, chunk.begin);
-      T* s = element<T>(a.snapshots, t, chunk.begin);
-      const bool streaming = large && can_stream(s);
-      if (!is_safe) {
-        sweep(chunk.size, [&](int64_t i, auto part) { part.copy(s + i, w + i, streaming); });
-        return;
-      }
-      double scale = row[SAMK_RHO];
-      if (a.shape != SAMK_SIGN) scale /= *a.norm + row[SAMK_EPS];
-      if (a.tensor_scale != nullptr) scale *= a.tensor_scale[t];
-      // With eps 0 and a zero gradient the quotient is not finite, and 0 * inf would move weights; nor
-      // may a large one overflow in the narrower type.
-      if (!std::isfinite(static_cast<S>(scale))) scale = 0;
-      if (row[SAMK_METRIC] == SAMK_ADAPTIVE) {
-        const Adaptive<S> metric{static_cast<S>(row[SAMK_ETA])};
-        perturb_shaped(a, w, g, s, chunk.size, streaming, scale, metric);
-      } else {
-        perturb_shaped(a, w, g, s, chunk.size, streaming, scale, Euclidean{});
-      }
-    });
+    for_each_chunk(
+        plan,
+        [&](const Chunk& chunk, int64_t) {
+          const int32_t t = chunk.tensor;
+          const double* row = a.table + a.row[t] * SAMK_COLUMNS;
+          if (!has(a.grads, t) || !has(a.snapshots, t) || row[SAMK_METRIC] == SAMK_FIXED) return;
+          T* w = element<T>(a.params, t, chunk.begin);
+          const T* g = element<T>(a.grads, t, chunk.begin);
+          T* s = element<T>(a.snapshots, t, chunk.begin);
+          const bool streaming = large && can_stream(s);
+          if (!is_safe) {
+            sweep(chunk.size, [&](int64_t i, auto part) { part.copy(s + i, w + i, streaming); });
+            return;
+          }
+          double scale = row[SAMK_RHO];
+          if (a.shape != SAMK_SIGN) scale /= *a.norm + row[SAMK_EPS];
+          if (a.tensor_scale != nullptr) scale *= a.tensor_scale[t];
+          // With eps 0 and a zero gradient the quotient is not finite, and 0 * inf would move weights; nor
+          // may a large one overflow in the narrower type.
+          if (!std::isfinite(static_cast<S>(scale))) scale = 0;
+          if (row[SAMK_METRIC] == SAMK_ADAPTIVE) {
+            const Adaptive<S> metric{static_cast<S>(row[SAMK_ETA])};
+            perturb_shaped(a, w, g, s, chunk.size, streaming, scale, metric);
+          } else {
+            perturb_shaped(a, w, g, s, chunk.size, streaming, scale, Euclidean{});
+          }
+        },
+        Order::kBackward);
     return 0;
   });
 }
