@@ -95,7 +95,7 @@ class TensorGroup:
         self._applies = applies if applies is not None else [True] * len(params)
         self._applies_tensor: Tensor | None = None
         self._buffers: list[Tensor | None] = [None] * len(params)
-        self._full_set: list[Tensor | None] | None = None
+        self.standing_snapshots: list[Tensor | None] | None = None
         self._written: list[tuple[float, ...]] | None = None
         self._addresses = list(map(Tensor.data_ptr, params))
         self._layout = [(p.device, p.dtype, p.shape, p.stride()) for p in params]
@@ -160,8 +160,8 @@ class TensorGroup:
 
         Buffers are allocated the first time a tensor needs one and keep their storage afterwards.
         """
-        if self._all_participate and self.has_all_grads and self._full_set is not None:
-            self.snapshots = self._full_set
+        if self._all_participate and self.has_all_grads and self.standing_snapshots is not None:
+            self.snapshots = self.standing_snapshots
             return
         chosen = [
             takes_part and grad is not None
@@ -174,8 +174,8 @@ class TensorGroup:
             buffer if take else None for take, buffer in zip(chosen, self._buffers, strict=True)
         ]
         if all(chosen):
-            # From now on the same list object: a backend that has read it need not read it again.
-            self._full_set = self.snapshots
+            # From now on the same list object: a backend that has read its addresses keeps them.
+            self.standing_snapshots = self.snapshots
 
     def drop_snapshots(self) -> None:
         """Forget which tensors were perturbed; the buffers stay for the next step."""

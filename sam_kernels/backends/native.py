@@ -70,6 +70,7 @@ class Native:
         if plan.is_adaptive(table.data_ptr()):
             plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
         plan.point(_native.GRADS, "grads", measured, _DTYPES[group.dtype])
+        group.cache["native grads"] = measured
         # Fresh results each time: the caller may hold an earlier one.
         total = torch.empty((), dtype=torch.float64)
         each = torch.empty(len(group.params), dtype=torch.float64) if per_tensor else None
@@ -89,17 +90,20 @@ class Native:
     ) -> None:
         plan = _plan(group)
         plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
-        plan.point(_native.GRADS, "grads", group.grads, _DTYPES[group.dtype])
-        present = plan.point(_native.SNAPSHOTS, "snapshots", group.snapshots, _DTYPES[group.dtype])
+        # The norm has just read the addresses of these very gradients.
+        if group.cache.pop("native grads", None) is not group.grads:
+            plan.point(_native.GRADS, "grads", group.grads, _DTYPES[group.dtype])
+        present = _point_snapshots(plan, group)
         scalars = [_scalars(x, torch.float64) for x in (peak, norm, tensor_scale)]
         plan.perturb(group.table.data_ptr(), _SHAPES[shape], q or 0.0, *map(_at, scalars))
         _count_write(group.params, group.snapshots, present)
-        _count_write(group.snapshots, group.snapshots, present)
+        if group.snapshots is not group.standing_snapshots:  # those are the group's own: no graph holds them
+            _count_write(group.snapshots, group.snapshots, present)
 
     def restore_(self, group: TensorGroup) -> None:
         plan = _plan(group)
         plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
-        present = plan.point(_native.SNAPSHOTS, "snapshots", group.snapshots, _DTYPES[group.dtype])
+        present = _point_snapshots(plan, group)
         plan.restore()
         _count_write(group.params, group.snapshots, present)
 
@@ -144,7 +148,7 @@ class Native:
         code = _DTYPES[group.dtype]
         plan.point(_native.PARAMS, "params", group.params, code)
         moving = plan.point(_native.GRADS, "grads", group.grads, code)
-        plan.point(_native.SNAPSHOTS, "snapshots", group.snapshots, code)
+        _point_snapshots(plan, group)
         state = {"momentum_buffer": 0} if rule == "sgd" else {"exp_avg": 0, "exp_avg_sq": 0}
         for i, name in enumerate(state):
             tensors = slots[name]
@@ -243,6 +247,16 @@ def _plan(group: TensorGroup) -> Any:
         plan = _native.Plan([p.numel() for p in group.params], group.row)
         group.cache["native"] = plan
     return plan
+
+
+def _point_snapshots(plan: Any, group: TensorGroup) -> int:
+    """How many tensors have a snapshot; addresses of buffers that stand between steps are read once."""
+    standing = group.standing_snapshots is not None and group.snapshots is group.standing_snapshots
+    if standing and group.cache.get("native snapshots") is group.snapshots:
+        return len(group.params)
+    present: int = plan.point(_native.SNAPSHOTS, "snapshots", group.snapshots, _DTYPES[group.dtype])
+    group.cache["native snapshots"] = group.snapshots if standing else None
+    return present
 
 
 def _point_foreign(plan: Any, group: TensorGroup, slot: int, name: str, tensors: list[Tensor | None]) -> int:
