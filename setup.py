@@ -30,7 +30,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "none", "cpu")
-COMPILERS = ("c++", "g++", "clang++")
+COMPILERS = ("g++", "clang++", "c++")
 
 
 class Decision(NamedTuple):

@@ -218,7 +218,7 @@ class Workspace:
         self.dtype = dtype
         self.numel = sum(map(_numel, shapes))
         self._weights = [torch.empty(shape, dtype=dtype) for shape in shapes]
-        self._initial = self._random(WEIGHT_SIZE, seed)
+        self.initial = self._random(WEIGHT_SIZE, seed)
         self.slots = {name: [torch.zeros_like(w) for w in self._weights] for name in base.slots}
         self.first = self._random(GRAD_SIZE, seed + 1)
         self.second = self._random(GRAD_SIZE, seed + 2)
@@ -231,7 +231,7 @@ class Workspace:
 
     def reset(self) -> None:
         """Initial weights, zero state."""
-        torch._foreach_copy_(self._weights, self._initial)
+        torch._foreach_copy_(self._weights, self.initial)
         for tensors in self.slots.values():
             torch._foreach_zero_(tensors)
 
@@ -243,7 +243,7 @@ class Workspace:
 
     def weights64(self) -> list[Tensor]:
         """The initial weights in float64."""
-        return [w.to(torch.float64, copy=True) for w in self._initial]
+        return [w.to(torch.float64, copy=True) for w in self.initial]
 
 
 def give_gradients(params: list[Tensor], grads: list[Tensor]) -> None:
