@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -22,6 +23,11 @@ inline int failures = 0;
 inline int finish(const char* name) {
   std::printf("%s: %s\n", name, failures == 0 ? "passed" : "FAILED");
   return failures == 0 ? 0 : 1;
+}
+
+// An empty tensor has no address, and memcmp may not be handed a null one.
+inline bool same_bytes(const void* a, const void* b, size_t bytes) {
+  return bytes == 0 || std::memcmp(a, b, bytes) == 0;
 }
 
 // SplitMix64; values in [-1, 1) that are never zero.

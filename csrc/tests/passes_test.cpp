@@ -1,7 +1,6 @@
 // Every pass against a plain loop in double, for every dtype, instruction set and thread count.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <string>
 #include <type_traits>
@@ -77,8 +76,7 @@ struct List {
   samk_list list() const { return {data.data(), code<T>()}; }
   bool operator==(const List& other) const {
     for (size_t t = 0; t < memory.size(); ++t) {
-      if (std::memcmp(memory[t].data(), other.memory[t].data(), memory[t].size() * sizeof(T)) != 0)
-        return false;
+      if (!same_bytes(memory[t].data(), other.memory[t].data(), memory[t].size() * sizeof(T))) return false;
     }
     return true;
   }
@@ -200,11 +198,11 @@ class Passes {
         for (size_t t = 0; t < sizes.size(); ++t) {
           const size_t bytes = sizes[t] * sizeof(T);
           if (!moves(t)) {
-            CHECK(std::memcmp(w.at(t), start.memory[t].data() + shift, bytes) == 0);
+            CHECK(same_bytes(w.at(t), start.memory[t].data() + shift, bytes));
             s.data[t] = nullptr;
             continue;
           }
-          CHECK(std::memcmp(s.at(t), start.memory[t].data() + shift, bytes) == 0);
+          CHECK(same_bytes(s.at(t), start.memory[t].data() + shift, bytes));
           for (int64_t i = 0; i < sizes[t]; ++i) {
             const double old = value(s.at(t)[i]), factor = weight(t, old), u = factor * value(g.at(t)[i]);
             const double h = shape == SAMK_LINEAR ? u
@@ -220,7 +218,7 @@ class Passes {
         r.snapshots = s.list();
         CHECK(samk_restore(plan, &r) == 0);
         for (size_t t = 0; t < sizes.size(); ++t) {
-          CHECK(std::memcmp(w.at(t), start.memory[t].data() + shift, sizes[t] * sizeof(T)) == 0);
+          CHECK(same_bytes(w.at(t), start.memory[t].data() + shift, sizes[t] * sizeof(T)));
         }
       }
     }
