@@ -17,7 +17,7 @@ from sam_kernels.tensor_groups import ADAPTIVE, COLUMNS, EUCLIDEAN, FIXED, Colum
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "no_grad")
 
-HEADER = Path(__file__).parent.parent / "csrc" / "ops" / "sam_kernels.h"
+HEADER = Path(__file__).parent.parent / "csrc" / "sam_kernels.h"
 
 no_native = pytest.mark.skipif(native._native is None, reason=str(native._problem))
 

@@ -203,8 +203,8 @@ def _load() -> tuple[Any, str | None]:
         if problem.name != name:
             return None, f"the native module could not be loaded: {problem}"
         return None, (
-            "the native module was not built: no C++ compiler was found when the package was installed; "
-            "reinstall with a compiler, or use backend='foreach'"
+            "the native module was not built with this installation (python -m sam_kernels.doctor says why); "
+            "reinstall with a C++ compiler, or use backend='foreach'"
         )
     except ImportError as problem:
         return None, f"the native module could not be loaded: {problem}; reinstall the package"
