@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -117,7 +118,11 @@ def _momentum(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict
 
 def _moments(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict[str, list[Any]] | None:
     state = base.state
-    entries = list(_entries(base, group))
+    found = _entries(base, group)
+    held: dict[str, list[Any]] | None = group.cache.get("moments")
+    if held is not None and group.has_all_grads and _hold(found, held):
+        return held
+    entries = list(found)
     creates = False
     for t, (param, grad) in enumerate(zip(group.params, group.grads, strict=True)):
         entry = entries[t]
@@ -137,7 +142,16 @@ def _moments(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict[
     moments = {name: [entry.get(name) for entry in entries] for name in ("exp_avg", "exp_avg_sq", "step")}
     _fit(base, group, "exp_avg", moments["exp_avg"])
     _fit(base, group, "exp_avg_sq", moments["exp_avg_sq"])
+    group.cache["moments"] = moments if group.has_all_grads else None
     return moments
+
+
+def _hold(entries: list[dict[str, Any]], tensors: dict[str, list[Any]]) -> bool:
+    """Whether the entries hold these very tensors, asked without a Python loop over thousands of them."""
+    try:
+        return all(all(map(is_, map(itemgetter(name), entries), tensors[name])) for name in tensors)
+    except KeyError:
+        return False
 
 
 def _entries(base: Optimizer, group: TensorGroup) -> list[dict[str, Any]]:
