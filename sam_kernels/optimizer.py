@@ -18,7 +18,8 @@ from .recipe import Recipe, check_rho
 from .running_stats import frozen
 from .tensor_groups import FIXED, collect
 
-_IDLE, _PERTURBED, _RESTORED = "idle", "perturbed", "restored"
+# A step is pending in every phase but the first; in _NOT_DUE and _RESTORED the weights are the user's own.
+_IDLE, _PERTURBED, _NOT_DUE, _RESTORED = "idle", "perturbed", "not due", "restored"
 
 
 class SAM(Optimizer):
@@ -89,6 +90,8 @@ class SAM(Optimizer):
         self._served: Served | None = None
         self._layout: list[Any] = []
         self._measure: Measure | None = None
+        self._had_gradients = False  # in the first pass of the pending step
+        self._clearings = 0  # how often gradients were cleared since then
         self._own_rho: set[int] = set()
 
         # The base owns param groups and state (see the properties below); this constructor only
@@ -215,13 +218,14 @@ class SAM(Optimizer):
             RuntimeError: for a step() with nothing pending that would silently not be SAM, or a
                 step(closure) in the middle of a two-step.
         """
+        was_idle = self._phase == _IDLE
         try:
             return self._step(closure)
         except BaseException:
-            # Hooks run inside too: whatever raises, no perturbed weights stay behind.
-            if self._perturbed_groups() and closure is None:
-                self._restore()
-                self._phase = _IDLE
+            # Hooks run inside too: whatever raises, no perturbed weights stay behind. Only a closure
+            # given in the middle of a two-step leaves that as it is.
+            if closure is None or was_idle:
+                self._abandon()
             raise
 
     # Tells torch.optim.Optimizer that the hooks are called already: `_step` below is the hooked one.
@@ -240,14 +244,9 @@ class SAM(Optimizer):
         loss = self._evaluate(closure, probe=0)
         if self.is_due:
             self._ascend()
-            try:
-                freeze = nullcontext() if self.model is None else frozen(self.model)
-                with freeze:
-                    self._evaluate(closure, probe=1)
-            except BaseException:
-                self._restore()
-                self._phase = _IDLE
-                raise
+            freeze = nullcontext() if self.model is None else frozen(self.model)
+            with freeze:
+                self._evaluate(closure, probe=1)
         self._descend()
         return loss
 
@@ -270,7 +269,7 @@ class SAM(Optimizer):
         if self.is_due:
             self._ascend()
         else:
-            self._phase = _PERTURBED  # nothing moved: the base steps alone on this one
+            self._begin(_NOT_DUE)  # the base steps alone on this one
         if zero_grad:
             self.zero_grad()
 
@@ -315,13 +314,26 @@ class SAM(Optimizer):
         self.first_step(zero_grad=True)
         try:
             yield
+            if self._phase == _PERTURBED:
+                self._revalidate()
+                self._restore()
+                self._phase = _RESTORED
         except BaseException:
-            self._restore()
-            self._phase = _IDLE
+            self._abandon()
             raise
-        if self._phase == _PERTURBED:
-            self._restore()
-            self._phase = _RESTORED
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as in `torch.optim`.
+
+        Between `first_step` and `step`, after the second backward, this gives the step up: ``step()``
+        then restores the weights and updates nothing. Do so where a GradScaler has skipped a step.
+
+        Args:
+            set_to_none: drop the gradients in place of writing zeros.
+        """
+        if self._phase != _IDLE and self._has_gradients():
+            self._clearings += 1
+        super().zero_grad(set_to_none)
 
     @property
     def is_due(self) -> bool:
@@ -373,30 +385,104 @@ class SAM(Optimizer):
             group.read_gradients()
         self._write_tables(served)
         if served:
-            self._measure = perturbation.measure(served, self.recipe)
-            perturbation.perturb(served, self._measure)
-        self._phase = _PERTURBED
+            try:
+                self._measure = perturbation.measure(served, self.recipe)
+                perturbation.perturb(served, self._measure)
+            except BaseException:
+                self._abandon()
+                raise
+        self._begin(_PERTURBED)
+
+    def _begin(self, phase: str) -> None:
+        """From here on a step is pending."""
+        self._phase = phase
+        self._had_gradients = self._has_gradients()
+        self._clearings = 0
+
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for group in self.param_groups for p in group["params"])
 
     def _restore(self) -> None:
-        if self._served is not None:
-            with torch.no_grad():
-                perturbation.restore(self._served)
+        with torch.no_grad():
+            perturbation.restore(self._perturbed_groups())
+
+    @torch.no_grad()
+    def _abandon(self) -> None:
+        """Weights back, nothing pending, nothing remembered: the end of every step that failed."""
+        self._phase = _IDLE
+        self._measure = None
+        for group, _ in self._perturbed_groups():
+            # Not the restore of the backend: that one may be what failed.
+            group.copy_back()
+            perturbation.forget(group)
+
+    def _revalidate(self) -> None:
+        """Before perturbed weights are written again: they must still be what was perturbed.
+
+        Raises:
+            RuntimeError: saying what changed; the caller abandons the step.
+        """
+        served = self._perturbed_groups()
+        if not served:
+            return
+        for group, _ in served:
+            t = group.changed() if not group.is_current() else None
+            if t is not None:
+                all_fit = all(map(group.fits, range(len(group.params))))
+                restored = "The weights are restored" if all_fit else "All others are restored, it cannot be,"
+                raise RuntimeError(
+                    f"{self._place(group.params[t])} {group.describe_change(t)}: it changed while the weights "
+                    f"were perturbed. {restored} and no step was taken; cast, move and reshape parameters "
+                    "between steps"
+                )
+        layout = self._present_layout()
+        if layout == self._layout:
+            return
+        present = {id(p) for group in self.param_groups for p in group["params"]}
+        for group, _ in served:
+            for param in group.params:
+                if id(param) not in present:
+                    raise RuntimeError(
+                        f"a parameter of shape {tuple(param.shape)} was replaced in param_groups, or removed, "
+                        "while the weights were perturbed. The weights are restored and no step was taken; "
+                        "replace parameters between steps"
+                    )
+        # Parameters have joined. The update is theirs too, so it starts from restored weights.
+        perturbation.restore(served)
+
+    def _place(self, param: Tensor) -> str:
+        for index, group in enumerate(self.param_groups):
+            for position, candidate in enumerate(group["params"]):
+                if candidate is param:
+                    return f"param_groups[{index}]['params'][{position}]"
+        return "a parameter"
 
     def _descend(self) -> None:
         """Restore and update; from here on the step either completes or leaves the weights restored."""
-        rule, _ = state.fused_rule(self.base_optimizer)
-        guard = None if self._measure is None else self._measure.norm
+        self._adopt_strays()
+        is_pending = self._phase != _IDLE
+        guard = self._measure.norm if is_pending and self._measure is not None else None
         try:
+            self._revalidate()
+            # Cleared twice means that a second backward was given up on purpose.
+            if is_pending and self._had_gradients and self._clearings < 2 and not self._has_gradients():
+                raise RuntimeError(
+                    "step(): no parameter has a gradient, though there were some in the first pass. The weights "
+                    "are restored and nothing was updated; call backward() again between first_step() and step()"
+                )
+            rule, _ = state.fused_rule(self.base_optimizer)
             if rule is None:
                 self._restore()
                 if guard is None or bool(torch.isfinite(guard)):
                     self.base_optimizer.step()
             else:
                 self._descend_fused(rule, guard)
-        finally:
-            self._restore()
-            self._phase = _IDLE
-            self._measure = None
+                self._restore()  # what was skipped
+        except BaseException:
+            self._abandon()
+            raise
+        self._phase = _IDLE
+        self._measure = None
         for group in self.param_groups:
             group["sam_step"] += 1
 
@@ -435,10 +521,7 @@ class SAM(Optimizer):
     def _groups(self) -> Served:
         """The tensor groups with their backends, rebuilt when parameters were replaced or moved."""
         self._adopt_strays()
-        layout: list[Any] = []
-        for group in self.param_groups:
-            layout.extend(map(id, group["params"]))
-        layout.extend((len(group["params"]), group.get("adaptive")) for group in self.param_groups)
+        layout = self._present_layout()
         if self._served is not None and layout == self._layout:
             if all(group.is_current() for group, _ in self._served):
                 return self._served
@@ -450,6 +533,14 @@ class SAM(Optimizer):
         self._served = [(group, ops.resolve(group, self.backend)[0]) for group in groups]
         self._layout = layout
         return self._served
+
+    def _present_layout(self) -> list[Any]:
+        """Which parameters there are, in which param group, under which metric."""
+        layout: list[Any] = []
+        for group in self.param_groups:
+            layout.extend(map(id, group["params"]))
+        layout.extend((len(group["params"]), group.get("adaptive")) for group in self.param_groups)
+        return layout
 
     def _perturbed_groups(self) -> Served:
         """All groups as they were perturbed; empty when nothing is perturbed."""
@@ -473,13 +564,22 @@ class SAM(Optimizer):
             tensor_group.write_table(rows)
 
     def _require_idle(self, what: str) -> None:
+        give_up = "or, to give it up as after a step that GradScaler skipped, zero_grad() and then step()"
         if self._phase == _PERTURBED:
             raise RuntimeError(
-                f"{what}: the weights are perturbed by first_step(); call second_step() or step() first"
+                f"{what}: the weights are perturbed by first_step(); call second_step() or step() first, "
+                f"{give_up}, which restores them"
             )
-        if self._phase == _RESTORED and what != "state_dict()":
+        if what == "state_dict()":
+            return  # the weights are the user's own, and the state is that of the last completed step
+        if self._phase == _NOT_DUE:
             raise RuntimeError(
-                f"{what}: a perturbed() block has ended and its descent is pending; call step()"
+                f"{what}: first_step() has begun a step that does not perturb, by the cadence of recipe "
+                f"'{self.recipe.name}'; call second_step() or step() first, {give_up}"
+            )
+        if self._phase == _RESTORED:
+            raise RuntimeError(
+                f"{what}: a perturbed() block has ended and its descent is pending; call step(), {give_up}"
             )
 
     # ---- checkpoints and copies ----------------------------------------------------------------
@@ -515,6 +615,7 @@ class SAM(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
+        self._measure = None
         kept = [{key: group[key] for key in ("rho", "adaptive")} for group in self.param_groups]
         own_rho = set(self._own_rho)
         self.base_optimizer.load_state_dict(state_dict)

@@ -98,7 +98,8 @@ class TensorGroup:
         self.standing_snapshots: list[Tensor | None] | None = None
         self._written: list[tuple[float, ...]] | None = None
         self._addresses = list(map(Tensor.data_ptr, params))
-        self._layout = [(p.device, p.dtype, p.shape, p.stride()) for p in params]
+        self._layout = list(map(_layout_of, params))
+        self._sizes = list(map(Tensor.numel, params))
         self._all_contiguous = all(p.is_contiguous() for p in params)
         self._participates = [keys[r][1] != FIXED for r in row]
         self._all_participate = all(self._participates)
@@ -108,15 +109,32 @@ class TensorGroup:
         return f"{count} {str(self.dtype)[6:]} tensor{'s' if count != 1 else ''} on {self.device}"
 
     def is_current(self) -> bool:
-        """Whether the parameters still have the device, dtype and strides the group was built for."""
-        addresses = list(map(Tensor.data_ptr, self.params))
-        if addresses == self._addresses:
-            return True
-        layout = [(p.device, p.dtype, p.shape, p.stride()) for p in self.params]
-        if layout != self._layout:
+        """Whether the parameters still have the device, dtype, shape and strides the group was built for."""
+        params = self.params
+        addresses = list(map(Tensor.data_ptr, params))
+        if self._all_contiguous and addresses == self._addresses:
+            # An address says nothing of what lies there; asked without a Python loop over thousands.
+            # Contiguous tensors of equal size are equal to every pass, whatever their shapes.
+            return (
+                list(map(Tensor.numel, params)) == self._sizes
+                and set(map(_get_dtype, params)) == {self.dtype}
+                and all(map(Tensor.is_contiguous, params))
+            )
+        if self.changed() is not None:
             return False
         self._addresses = addresses
         return True
+
+    def changed(self) -> int | None:
+        """The first tensor that is not what the group was built for, or None."""
+        for t, (p, layout) in enumerate(zip(self.params, self._layout, strict=True)):
+            if _layout_of(p) != layout:
+                return t
+        return None
+
+    def describe_change(self, t: int) -> str:
+        """What became of tensor t since the group was built, for messages."""
+        return f"was {_describe(*self._layout[t])} and is {_describe(*_layout_of(self.params[t]))} now"
 
     # ---- scalars -------------------------------------------------------------------------------
 
@@ -181,6 +199,22 @@ class TensorGroup:
         """Forget which tensors were perturbed; the buffers stay for the next step."""
         self.snapshots = [None] * len(self.params)
 
+    def copy_back(self) -> None:
+        """``w = snapshot`` wherever that is possible, for a step that failed, whatever made it fail.
+
+        Converts where somebody gave a perturbed parameter another dtype, device or strides.
+        """
+        for t, (param, snapshot) in enumerate(zip(self.params, self.snapshots, strict=True)):
+            if snapshot is not None and self.fits(t):
+                param.copy_(snapshot.view_as(param) if snapshot.shape != param.shape else snapshot)
+
+    def fits(self, t: int) -> bool:
+        """Whether the snapshot of tensor t, if there is one, still fits its parameter."""
+        param, snapshot = self.params[t], self.snapshots[t]
+        if snapshot is None or snapshot.shape == param.shape:
+            return True
+        return snapshot.numel() == param.numel() and snapshot.is_contiguous() and param.is_contiguous()
+
     def _allocate(self, indices: list[int]) -> None:
         """One block for all new buffers: thousands of small allocations would cost more than the pass."""
         if not self.dense:
@@ -210,6 +244,14 @@ def _are_plain(grads: list[Tensor], dtype: torch.dtype) -> bool:
     """Whether all are strided, contiguous and of that dtype, asked without a Python loop."""
     # A sparse tensor answers False here too.
     return all(map(Tensor.is_contiguous, grads)) and not set(map(_get_dtype, grads)) - {dtype}
+
+
+def _layout_of(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _describe(device: torch.device, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]) -> str:
+    return f"{dtype} {tuple(shape)} with strides {strides} on {device}"
 
 
 def _fitted(grad: Tensor, param: Tensor) -> Tensor:
