@@ -491,13 +491,18 @@ class SAM(Optimizer):
         for group, _ in served:
             group.read_gradients()
         self._write_tables(served)
-        for group, backend in served:
-            on_device = None if guard is None else guard.to(group.device)
-            slots = state.slots(self.base_optimizer, group, rule, guard=on_device)
+        guards = [None if guard is None else guard.to(group.device) for group, _ in served]
+        # The state of all groups is there, and fits, before the first of them moves.
+        lists = [
+            state.slots(self.base_optimizer, group, rule, guard=on_device)
+            for (group, _), on_device in zip(served, guards, strict=True)
+        ]
+        for (group, backend), slots, on_device in zip(served, lists, guards, strict=True):
             if slots is None:
-                continue  # skipped before any state was made; the caller's finally restores
+                continue  # skipped before any state was made; the caller restores
             backend.descend_(group, rule, slots, guard=on_device)  # type: ignore[arg-type]
             perturbation.forget(group)
+            state.adopt(self.base_optimizer, group, slots)
         # A scheduler on the base looks for this mark, which its wrapper of base.step would have set.
         self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
 

@@ -72,16 +72,28 @@ def slots(
     """The base optimizer's state tensors parallel to ``group.params``, created as torch would.
 
     Only tensors with a gradient get state, as in `torch.optim`. "fresh" marks momentum buffers that
-    were just allocated and still have to take the gradient.
+    were just allocated and still have to take the gradient. What is created here belongs to nobody
+    before `adopt`: an update that fails leaves no state behind.
 
     Args:
         guard: the norm; where it is not finite the step is skipped and must create no state.
 
     Returns:
         The lists by name, or None when state would have to be created for a step that is skipped.
+
+    Raises:
+        ValueError: if state that is there has another shape than its parameter.
     """
+    group.cache["created"] = []
     find = _momentum if rule == "sgd" else _moments
     return find(base, group, guard)
+
+
+def adopt(base: Optimizer, group: TensorGroup, slots: dict[str, list[Any]]) -> None:
+    """Give the base optimizer the state that `slots` has created; the update it was made for is done."""
+    for t in group.cache.pop("created", ()):
+        entry = {name: slots[name][t] for name in slots if name != "fresh"}
+        base.state.setdefault(group.params[t], {}).update(entry)
 
 
 def _is_skipped(guard: Tensor | None) -> bool:
@@ -90,7 +102,6 @@ def _is_skipped(guard: Tensor | None) -> bool:
 
 
 def _momentum(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict[str, list[Any]] | None:
-    state = base.state
     with_momentum = [base.param_groups[key[0]]["momentum"] != 0 for key in group.keys]
     if not any(with_momentum):
         return {"momentum_buffer": [None] * len(group.params), "fresh": []}
@@ -99,49 +110,47 @@ def _momentum(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict
     if all(with_momentum) and group.has_all_grads and not has_none(buffers):
         _fit(base, group, "momentum_buffer", buffers)
         return {"momentum_buffer": buffers, "fresh": fresh}
-    for t, (buffer, grad) in enumerate(zip(buffers, group.grads, strict=True)):
-        if buffer is None and grad is not None and with_momentum[group.row[t]]:
-            if not fresh:
-                if _is_skipped(guard):
-                    return None
-                fresh = [False] * len(buffers)
+    wanted = [
+        grad is not None and with_momentum[r] for grad, r in zip(group.grads, group.row, strict=True)
+    ]
+    buffers = [buffer if want else None for buffer, want in zip(buffers, wanted, strict=True)]
+    _fit(base, group, "momentum_buffer", buffers)
+    created = [t for t, want in enumerate(wanted) if want and buffers[t] is None]
+    if created:
+        if _is_skipped(guard):
+            return None
+        fresh = [False] * len(buffers)
+        for t in created:
             fresh[t] = True
             buffers[t] = _empty_like(group.params[t])
-            state[group.params[t]]["momentum_buffer"] = buffers[t]
-    buffers = [
-        buffer if grad is not None and with_momentum[r] else None
-        for buffer, grad, r in zip(buffers, group.grads, group.row, strict=True)
-    ]
-    _fit(base, group, "momentum_buffer", buffers)
+    group.cache["created"] = created
     return {"momentum_buffer": buffers, "fresh": fresh}
 
 
 def _moments(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict[str, list[Any]] | None:
-    state = base.state
     found = _entries(base, group)
     held: dict[str, list[Any]] | None = group.cache.get("moments")
     if held is not None and group.has_all_grads and _hold(found, held):
         return held
-    entries = list(found)
-    creates = False
-    for t, (param, grad) in enumerate(zip(group.params, group.grads, strict=True)):
-        entry = entries[t]
-        if grad is None:
-            entries[t] = _NOTHING
-        elif "step" not in entry:
-            if not creates and _is_skipped(guard):
-                return None
-            creates = True
-            entry = entries[t] = state[param]
-            entry["step"] = torch.tensor(0.0, dtype=torch.float32)
-            entry["exp_avg"] = torch.zeros_like(param, requires_grad=False)
-            entry["exp_avg_sq"] = torch.zeros_like(param, requires_grad=False)
-        elif getattr(entry["step"], "dtype", None) != torch.float32:
+    entries = [
+        entry if grad is not None and "step" in entry else _NOTHING
+        for entry, grad in zip(found, group.grads, strict=True)
+    ]
+    for entry in entries:
+        if entry and getattr(entry["step"], "dtype", None) != torch.float32:
             # A number in old checkpoints, float64 under that default dtype; float32 counts to 16 million.
             entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32)
     moments = {name: [entry.get(name) for entry in entries] for name in ("exp_avg", "exp_avg_sq", "step")}
     _fit(base, group, "exp_avg", moments["exp_avg"])
     _fit(base, group, "exp_avg_sq", moments["exp_avg_sq"])
+    created = [t for t, grad in enumerate(group.grads) if grad is not None and not entries[t]]
+    if created and _is_skipped(guard):
+        return None
+    for t in created:
+        moments["step"][t] = torch.tensor(0.0, dtype=torch.float32)
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name][t] = torch.zeros_like(group.params[t], requires_grad=False)
+    group.cache["created"] = created
     group.cache["moments"] = moments if group.has_all_grads else None
     return moments
 

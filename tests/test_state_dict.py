@@ -266,3 +266,50 @@ def test_state_of_another_shape_is_a_sentence_and_nothing_moves(base, slot):
     with pytest.raises(ValueError, match=rf"{slot}.*\(4,\); expected \(6,\)"):
         opt.second_step()
     assert torch.equal(w, before)
+
+
+@every_backend
+@pytest.mark.parametrize(
+    ("base", "slot"), [(torch.optim.SGD, "momentum_buffer"), (torch.optim.Adam, "exp_avg")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_state_that_does_not_fit_moves_no_other_tensor_and_creates_no_state(dtype, base, slot, backend):
+    options = {"momentum": 0.9} if base is torch.optim.SGD else {}
+    v, w = Parameter(torch.ones(6)), Parameter(torch.ones(6, dtype=dtype))  # one group of tensors or two
+    opt = SAM([v, w], base, backend=backend, lr=0.1, **options)
+    w.grad = torch.ones_like(w)
+    opt.first_step()
+    opt.second_step()
+    opt.state[w][slot] = torch.zeros(4, dtype=dtype)
+    before = values([v, w])
+    v.grad = torch.ones_like(v)
+    opt.first_step()
+    with pytest.raises(ValueError, match="expected"):
+        opt.second_step()
+    assert same_bits([v, w], before)
+    assert v not in opt.state
+
+
+@every_backend
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_an_update_that_fails_leaves_no_state_behind(base, backend, monkeypatch):
+    options = {"momentum": 0.9} if base is torch.optim.SGD else {}
+    w, plain = Parameter(torch.ones(6)), Parameter(torch.ones(6))
+    opt, other = (SAM([p], base, backend=backend, lr=0.1, **options) for p in (w, plain))
+    w.grad = torch.ones(6)
+    opt.first_step()
+
+    def fail(*_, **__):
+        raise OSError("kernel")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(opt._served[0][1]), "descend_", fail)
+        with pytest.raises(OSError, match="kernel"):
+            opt.second_step()
+    assert torch.equal(w.detach(), torch.ones(6))
+    assert not opt.state
+    for p, o in ((w, opt), (plain, other)):
+        p.grad = torch.ones(6)
+        o.first_step()
+        o.second_step()
+    assert same_bits([w, *base_state(opt)], [plain, *base_state(other)])
