@@ -13,13 +13,14 @@ from torch.optim import Optimizer
 
 from . import recipes
 from .policies import Euclidean, Member
-from .recipe import Recipe, check_rho
+from .recipe import Recipe, check_adaptive, check_rho
 
 
 def choose_recipe(recipe: Recipe | str | None, rho: float | None, adaptive: bool) -> Recipe:
     """The recipe that the constructor's arguments name, with rho in place of its own."""
     if rho is not None:
         check_rho(rho, "SAM")
+    check_adaptive(adaptive, "SAM")
     if isinstance(recipe, str):
         chosen = recipes.get(recipe)
     elif recipe is None:
@@ -38,6 +39,24 @@ def choose_recipe(recipe: Recipe | str | None, rho: float | None, adaptive: bool
     return chosen if rho is None else replace(chosen, rho=rho)
 
 
+def own_keys(base: Optimizer) -> tuple[str, str]:
+    """Under which keys of a param group our rho and adaptive live.
+
+    "rho" and "adaptive", but where the base optimizer has a default of that name, as Adadelta has its
+    rho, the key is the base's, and ours is "sam_rho" or "sam_adaptive".
+    """
+    rho, adaptive = (f"sam_{key}" if key in base.defaults else key for key in ("rho", "adaptive"))
+    return rho, adaptive
+
+
+def check_model(model: Any) -> None:
+    """Raise a sentence unless model is a module or None."""
+    if not (model is None or isinstance(model, nn.Module)):
+        raise TypeError(
+            f"SAM: model is {model!r}; expected the torch.nn.Module that the parameters belong to, or None"
+        )
+
+
 def build_base(params: Any, base_optimizer: Any, base_kwargs: dict[str, Any]) -> Optimizer:
     """The base optimizer: the instance given, or one built from the class."""
     if isinstance(base_optimizer, Optimizer):
@@ -47,6 +66,11 @@ def build_base(params: Any, base_optimizer: Any, base_kwargs: dict[str, Any]) ->
         raise TypeError(
             f"SAM: base_optimizer is {base_optimizer!r}; expected an optimizer class such as "
             "torch.optim.SGD, or an instance"
+        )
+    if isinstance(base_optimizer, type) and hasattr(base_optimizer, "first_step"):
+        raise TypeError(
+            f"SAM: {base_optimizer.__name__} is a sharpness-aware optimizer itself; expected a base such as "
+            "torch.optim.SGD"
         )
     if params is None:
         raise TypeError("SAM: params is None; only a base_optimizer instance brings its own parameters")

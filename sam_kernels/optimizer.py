@@ -11,10 +11,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import ops, perturbation, state
-from .construction import build_base, choose_recipe, member_lookup, warn_if_names_are_missing
+from .construction import (
+    build_base,
+    check_model,
+    choose_recipe,
+    member_lookup,
+    own_keys,
+    warn_if_names_are_missing,
+)
 from .perturbation import Measure, Served
 from .policies import Adaptive, Euclidean
-from .recipe import Recipe, check_rho
+from .recipe import Recipe, check_adaptive, check_rho
 from .running_stats import frozen
 from .tensor_groups import FIXED, collect
 
@@ -32,6 +39,8 @@ class SAM(Optimizer):
     Args:
         params: what `torch.optim` takes: parameters, named parameters, or dicts of param groups (a
             group may set its own "rho" and "adaptive"). None when base_optimizer is an instance.
+            Where the base has a default of that name, as Adadelta has its rho, the key is the base's
+            and ours is "sam_rho" or "sam_adaptive"; set the base's in ``wrap(Adadelta(..., rho=0.95))``.
         base_optimizer: a `torch.optim.Optimizer` class (or any callable that builds one), or an
             instance, whose parameters, state and param groups are then used as they are.
         rho: radius, at least 0; None means the recipe's.
@@ -81,7 +90,9 @@ class SAM(Optimizer):
     ) -> None:
         chosen = choose_recipe(recipe, rho, adaptive)
         ops.check_wish(backend)
+        check_model(model)
         self.base_optimizer = build_base(params, base_optimizer, base_kwargs)
+        self._rho_key, self._adaptive_key = own_keys(self.base_optimizer)
         self.recipe = chosen
         self.backend = backend
         self.model = model
@@ -96,7 +107,7 @@ class SAM(Optimizer):
 
         # The base owns param groups and state (see the properties below); this constructor only
         # brings the hooks and the defaults of torch.optim.Optimizer.
-        ours = {"rho": chosen.rho_at(0), "adaptive": bool(adaptive)}
+        ours = {self._rho_key: chosen.rho_at(0), self._adaptive_key: bool(adaptive)}
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **ours})
         self._is_built = True
         for index in range(len(self.param_groups)):
@@ -139,7 +150,7 @@ class SAM(Optimizer):
 
     @param_groups.setter
     def param_groups(self, value: list[dict[str, Any]]) -> None:
-        if value:  # torch.optim.Optimizer.__init__ assigns an empty list
+        if self.__dict__.get("_is_built", False):  # torch.optim.Optimizer.__init__ assigns an empty list
             self.base_optimizer.param_groups = value
 
     @property
@@ -149,7 +160,7 @@ class SAM(Optimizer):
 
     @state.setter
     def state(self, value: Any) -> None:
-        if value:
+        if self.__dict__.get("_is_built", False):  # as above
             self.base_optimizer.state = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -165,8 +176,7 @@ class SAM(Optimizer):
         if not self.__dict__.get("_is_built", False):
             return  # torch.optim.Optimizer.__init__ adds what the base already holds
         self._require_idle("add_param_group()")
-        if "rho" in param_group:
-            check_rho(param_group["rho"], "add_param_group()")
+        self._check_ours(param_group, "add_param_group()")
         self.base_optimizer.add_param_group(param_group)
         last = len(self.param_groups) - 1
         try:
@@ -181,14 +191,25 @@ class SAM(Optimizer):
 
     def _adopt_group(self, index: int) -> None:
         group, where = self.param_groups[index], f"param_groups[{index}]"
-        if "rho" in group:
+        if self._rho_key in group:
             self._own_rho.add(index)
-        group.setdefault("rho", self.defaults["rho"])
-        group.setdefault("adaptive", self.defaults["adaptive"])
-        # The step count lives with the base's own scalars, so every kind of checkpoint carries it.
+        group.setdefault(self._rho_key, self.defaults[self._rho_key])
+        group.setdefault(self._adaptive_key, self.defaults[self._adaptive_key])
+        # The step count lives with the base's own scalars, so every kind of checkpoint carries it. It
+        # counts attempts: a step skipped for a gradient that is not finite counts too, since knowing
+        # better would take a read-back from the device in every step.
         group.setdefault("sam_step", self.param_groups[0].get("sam_step", 0))
-        check_rho(group["rho"], where)
-        if group["adaptive"] and not isinstance(self.recipe.metric, Euclidean | Adaptive):
+        self._check_ours(group, where)
+
+    def _check_ours(self, group: Any, where: str) -> None:
+        """Raise a sentence unless rho and adaptive, where the group has them, make sense here."""
+        if not isinstance(group, dict):
+            return  # the base optimizer says what it expects
+        if self._rho_key in group:
+            check_rho(group[self._rho_key], where)
+        adaptive = group.get(self._adaptive_key, False)
+        check_adaptive(adaptive, where)
+        if adaptive and not isinstance(self.recipe.metric, Euclidean | Adaptive):
             raise TypeError(
                 f"{where}: adaptive=True and recipe '{self.recipe.name}' each choose a metric; drop one"
             )
@@ -218,6 +239,10 @@ class SAM(Optimizer):
             RuntimeError: for a step() with nothing pending that would silently not be SAM, or a
                 step(closure) in the middle of a two-step.
         """
+        if closure is not None and not callable(closure):
+            raise TypeError(
+                f"step(): closure is {closure!r}; expected a function that recomputes the loss, or None"
+            )
         was_idle = self._phase == _IDLE
         try:
             return self._step(closure)
@@ -337,7 +362,11 @@ class SAM(Optimizer):
 
     @property
     def is_due(self) -> bool:
-        """Whether the coming step perturbs, by the recipe's cadence."""
+        """Whether the coming step perturbs, by the recipe's cadence.
+
+        Cadence and schedules go by ``param_groups[0]["sam_step"]``, the number of steps attempted: one
+        that was skipped for a gradient that is not finite counts, one that raised does not.
+        """
         self._adopt_strays()
         return self.recipe.cadence.is_due(self.param_groups[0]["sam_step"])
 
@@ -387,11 +416,15 @@ class SAM(Optimizer):
         if served:
             try:
                 self._measure = perturbation.measure(served, self.recipe)
+                self._prepare_gradients(served)
                 perturbation.perturb(served, self._measure)
             except BaseException:
                 self._abandon()
                 raise
         self._begin(_PERTURBED)
+
+    def _prepare_gradients(self, served: Served) -> None:
+        """Called between the norm and the perturbation; a subclass may change ``group.grads`` here."""
 
     def _begin(self, phase: str) -> None:
         """From here on a step is pending."""
@@ -431,9 +464,9 @@ class SAM(Optimizer):
                 all_fit = all(map(group.fits, range(len(group.params))))
                 restored = "The weights are restored" if all_fit else "All others are restored, it cannot be,"
                 raise RuntimeError(
-                    f"{self._place(group.params[t])} {group.describe_change(t)}: it changed while the weights "
-                    f"were perturbed. {restored} and no step was taken; cast, move and reshape parameters "
-                    "between steps"
+                    f"{self._place(group.params[t])} {group.describe_change(t)}: it changed while the "
+                    f"weights were perturbed. {restored} and no step was taken; cast, move and reshape "
+                    "parameters between steps"
                 )
         layout = self._present_layout()
         if layout == self._layout:
@@ -443,9 +476,9 @@ class SAM(Optimizer):
             for param in group.params:
                 if id(param) not in present:
                     raise RuntimeError(
-                        f"a parameter of shape {tuple(param.shape)} was replaced in param_groups, or removed, "
-                        "while the weights were perturbed. The weights are restored and no step was taken; "
-                        "replace parameters between steps"
+                        f"a parameter of shape {tuple(param.shape)} was replaced in param_groups, or "
+                        "removed, while the weights were perturbed. The weights are restored and no step was "
+                        "taken; replace parameters between steps"
                     )
         # Parameters have joined. The update is theirs too, so it starts from restored weights.
         perturbation.restore(served)
@@ -467,8 +500,9 @@ class SAM(Optimizer):
             # Cleared twice means that a second backward was given up on purpose.
             if is_pending and self._had_gradients and self._clearings < 2 and not self._has_gradients():
                 raise RuntimeError(
-                    "step(): no parameter has a gradient, though there were some in the first pass. The weights "
-                    "are restored and nothing was updated; call backward() again between first_step() and step()"
+                    "step(): no parameter has a gradient, though there were some in the first pass. The "
+                    "weights are restored and nothing was updated; call backward() again between first_step() "
+                    "and step()"
                 )
             rule, _ = state.fused_rule(self.base_optimizer)
             if rule is None:
@@ -530,7 +564,10 @@ class SAM(Optimizer):
         if self._served is not None and layout == self._layout:
             if all(group.is_current() for group, _ in self._served):
                 return self._served
-        groups = collect(self.param_groups, self.recipe, member_lookup(self.param_groups, self.model))
+        for index, param_group in enumerate(self.param_groups):
+            self._check_ours(param_group, f"param_groups[{index}]")
+        member_of = member_lookup(self.param_groups, self.model)
+        groups = collect(self.param_groups, self.recipe, member_of, self._adaptive_key)
         if groups and all(metric == FIXED for group in groups for _, metric, _ in group.keys):
             raise ValueError(
                 f"recipe '{self.recipe.name}' selects none of the parameters; nothing would be perturbed"
@@ -544,7 +581,7 @@ class SAM(Optimizer):
         layout: list[Any] = []
         for group in self.param_groups:
             layout.extend(map(id, group["params"]))
-        layout.extend((len(group["params"]), group.get("adaptive")) for group in self.param_groups)
+        layout.extend((len(group["params"]), group.get(self._adaptive_key)) for group in self.param_groups)
         return layout
 
     def _perturbed_groups(self) -> Served:
@@ -558,8 +595,8 @@ class SAM(Optimizer):
         per_group = []
         for index, group in enumerate(self.param_groups):
             if callable(self.recipe.rho) and index not in self._own_rho:
-                group["rho"] = self.recipe.rho_at(group["sam_step"])
-            rho = group["rho"]
+                group[self._rho_key] = self.recipe.rho_at(group["sam_step"])
+            rho = group[self._rho_key]
             check_rho(rho, f"param_groups[{index}]")
             # Maximizing f is minimizing -f: the worst point of the ball then lies down the gradient.
             sign = -1.0 if group.get("maximize", False) else 1.0
@@ -614,14 +651,18 @@ class SAM(Optimizer):
 
         Raises:
             RuntimeError: while weights are perturbed.
-            ValueError: if the parameter groups do not match.
+            ValueError: if the parameter groups do not match, or hold a rho that is negative.
         """
         self._require_idle("load_state_dict()")
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
         self._measure = None
-        kept = [{key: group[key] for key in ("rho", "adaptive")} for group in self.param_groups]
+        for index, group in enumerate(state_dict.get("param_groups", ())):
+            self._check_ours(group, f"load_state_dict(): param_groups[{index}]")
+        kept = [
+            {key: group[key] for key in (self._rho_key, self._adaptive_key)} for group in self.param_groups
+        ]
         own_rho = set(self._own_rho)
         self.base_optimizer.load_state_dict(state_dict)
         for index, (group, ours) in enumerate(zip(self.param_groups, kept, strict=True)):
@@ -635,15 +676,17 @@ class SAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_idle("copying or pickling")
-        kept = dict(self.__dict__)
-        for transient in ("_served", "_layout", "_measure", "step"):
-            kept.pop(transient, None)
-        return kept
+        # As in torch.optim, hooks and what was assigned to methods stay behind: closures do not pickle.
+        transient = ("_served", "_layout", "_measure", "step", "closure_kwargs")
+        return {
+            key: value
+            for key, value in self.__dict__.items()
+            if key not in transient and not (key.startswith("_optimizer_") and key.endswith("_hooks"))
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)  # gives empty places for hooks and names the step to the profiler
         self._served, self._layout, self._measure = None, [], None
-        self._patch_step_function()
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1].rstrip()}\nRecipe: {self.recipe.name}\n)"

@@ -38,11 +38,20 @@ def check_rho(rho: float | Schedule, owner: str) -> None:
     if callable(rho):
         return
     try:
-        good = 0 <= float(rho) < float("inf")
+        good = not isinstance(rho, bool) and 0 <= float(rho) < float("inf")
     except (TypeError, ValueError):
         good = False
     if not good:
         raise ValueError(f"{owner}: rho is {rho!r}; expected a finite number of at least 0, or a schedule")
+
+
+def check_adaptive(adaptive: bool, owner: str) -> None:
+    """Raise a sentence unless adaptive is True or False; 0 and 1 will do."""
+    if not (isinstance(adaptive, int) and adaptive in (0, 1)):
+        raise TypeError(
+            f"{owner}: adaptive is {adaptive!r}; expected True (T = |w|) or False. The authors' ASAM is "
+            'recipe="asam"'
+        )
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,7 @@ def _momentum(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict
     if all(with_momentum) and group.has_all_grads and not has_none(buffers):
         _fit(base, group, "momentum_buffer", buffers)
         return {"momentum_buffer": buffers, "fresh": fresh}
-    wanted = [
-        grad is not None and with_momentum[r] for grad, r in zip(group.grads, group.row, strict=True)
-    ]
+    wanted = [grad is not None and with_momentum[r] for grad, r in zip(group.grads, group.row, strict=True)]
     buffers = [buffer if want else None for buffer, want in zip(buffers, wanted, strict=True)]
     _fit(base, group, "momentum_buffer", buffers)
     created = [t for t, want in enumerate(wanted) if want and buffers[t] is None]

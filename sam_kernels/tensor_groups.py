@@ -267,19 +267,23 @@ def collect(
     param_groups: list[dict[str, Any]],
     recipe: Recipe,
     member_of: Callable[[Tensor], Member],
+    adaptive_key: str = "adaptive",
 ) -> list[TensorGroup]:
     """Sort the parameters of an optimizer into tensor groups.
 
     Args:
-        param_groups: as `torch.optim` keeps them; a group's "adaptive" adds ``T = |w|`` to it.
+        param_groups: as `torch.optim` keeps them.
         recipe: decides participation (mask) and metric per tensor.
         member_of: what is known about a parameter.
+        adaptive_key: where True in a param group means ``T = |w|`` for it.
 
     Raises:
-        ValueError: if a parameter is complex, sparse or not a plain tensor, or the mask cannot decide.
+        ValueError: if a parameter is complex, sparse or not a plain tensor, shares memory with itself or
+            another, or the mask cannot decide.
     """
     lists: dict[tuple[Any, ...], tuple[list[Tensor], list[int], list[Any], list[bool]]] = {}
     seen: set[int] = set()
+    places: list[tuple[Tensor, str]] = []
     for index, group in enumerate(param_groups):
         for position, param in enumerate(group["params"]):
             _check_parameter(param, index, position)
@@ -291,19 +295,21 @@ def collect(
             params, row, keys, applies = lists.setdefault(
                 (param.device, param.dtype, dense), ([], [], [], [])
             )
-            key = (index, *_metric_of(recipe, group, member))
+            places.append((param, f"param_groups[{index}]['params'][{position}]"))
+            key = (index, *_metric_of(recipe, bool(group.get(adaptive_key, False)), member))
             if key not in keys:
                 keys.append(key)
             params.append(param)
             row.append(keys.index(key))
             applies.append(recipe.metric.applies_to(member))
+    _check_overlaps(places)
     return [
         TensorGroup(params, row, keys, applies, dense)
         for (_, _, dense), (params, row, keys, applies) in lists.items()
     ]
 
 
-def _metric_of(recipe: Recipe, group: dict[str, Any], member: Member) -> tuple[int, float]:
+def _metric_of(recipe: Recipe, adaptive: bool, member: Member) -> tuple[int, float]:
     refusal = recipe.mask.refusal(member)
     if refusal is not None:
         raise ValueError(f"recipe '{recipe.name}': {refusal}")
@@ -312,7 +318,7 @@ def _metric_of(recipe: Recipe, group: dict[str, Any], member: Member) -> tuple[i
     metric: Metric = recipe.metric
     if isinstance(metric, Adaptive):
         return (ADAPTIVE, metric.eta) if metric.applies_to(member) else (EUCLIDEAN, 0.0)
-    return (ADAPTIVE, 0.0) if group.get("adaptive", False) else (EUCLIDEAN, 0.0)
+    return (ADAPTIVE, 0.0) if adaptive else (EUCLIDEAN, 0.0)
 
 
 def _check_parameter(param: Tensor, index: int, position: int) -> None:
@@ -326,3 +332,49 @@ def _check_parameter(param: Tensor, index: int, position: int) -> None:
         raise ValueError(f"{where} is {param.dtype}; expected a floating-point parameter")
     if param.layout != torch.strided:
         raise ValueError(f"{where} has layout {param.layout}; expected a dense parameter")
+
+
+def _check_overlaps(places: list[tuple[Tensor, str]]) -> None:
+    """Refuse elements that belong to two parameters, or twice to one: restoring them has no one answer."""
+    spans: dict[torch.device, list[tuple[int, int, Tensor, str]]] = {}
+    for param, where in places:
+        start = 0 if param.device.type == "meta" else param.data_ptr()
+        if start == 0 or param.numel() == 0:
+            continue
+        if not is_dense(param) and len(set(_addresses(param))) < param.numel():
+            raise ValueError(
+                f"{where} of shape {tuple(param.shape)} and strides {param.stride()} holds the same element "
+                "more than once, as expand() makes it; give the optimizer the tensor it was made from"
+            )
+        reach = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
+        end = start + (reach + 1) * param.element_size()
+        spans.setdefault(param.device, []).append((start, end, param, where))
+    for on_device in spans.values():
+        on_device.sort(key=operator.itemgetter(0))
+        reached: list[tuple[int, int, Tensor, str]] = []  # those that end beyond the present start
+        for span in on_device:
+            reached = [other for other in reached if other[1] > span[0]]
+            for other in reached:
+                # Interleaved views of one tensor, columns of a matrix say, may still share nothing.
+                if _share(other[2], span[2]):
+                    raise ValueError(
+                        f"{other[3]} and {span[3]} are different parameters over the same memory, which "
+                        "would be perturbed and updated twice; tie weights by using one Parameter in both "
+                        "places"
+                    )
+            reached.append(span)
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    if is_dense(a) and is_dense(b):
+        return True
+    return not set(_addresses(a)).isdisjoint(_addresses(b))
+
+
+def _addresses(tensor: Tensor) -> list[int]:
+    """The address of every element."""
+    offsets = torch.zeros((), dtype=torch.int64)
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
+    addresses: list[int] = (tensor.data_ptr() + offsets * tensor.element_size()).flatten().tolist()
+    return addresses

@@ -252,3 +252,103 @@ def test_step_counter_of_adam_advances_once_a_step(backend):
         opt.first_step()
         opt.second_step()
         assert float(opt.base_optimizer.state[w]["step"]) == expected
+
+
+# --- every optimizer of torch, and bases with a rho of their own ------------------------------------------
+
+
+EVERY = sorted(
+    name
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type)
+    and issubclass(kind, torch.optim.Optimizer)
+    and kind is not torch.optim.Optimizer
+)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_optimizer_of_torch_is_a_base_or_refused_with_a_sentence(name):
+    base = getattr(torch.optim, name)
+    if name == "LBFGS":
+        with pytest.raises(TypeError, match="LBFGS evaluates its own closure.*use one"):
+            SAM([Parameter(torch.ones(2))], base, lr=0.1)
+        return
+    sparse = name == "SparseAdam"  # takes sparse gradients only
+    tables = [torch.nn.Embedding(6, 3, sparse=sparse, dtype=torch.float64) for _ in range(2)]
+    tables[1].load_state_dict(tables[0].state_dict())
+    w, v = (table.weight for table in tables)
+    opt, plain = SAM([w], base, rho=0.05, lr=0.1), base([v], lr=0.1)
+    defaults = {key: value for key, value in plain.param_groups[0].items() if key != "params"}
+    assert defaults.items() <= opt.param_groups[0].items()
+    rows = torch.tensor([1, 4, 4])
+    for step in range(2):
+
+        def loss(table, step=step):
+            return ((table(rows) - step) ** 2).sum()
+
+        loss(tables[0]).backward()
+        loss(tables[1]).backward()
+        start, gradient = v.detach().clone(), v.grad.to_dense()
+        opt.first_step(zero_grad=True)
+        probe = start + 0.05 * gradient / gradient.norm()
+        assert_close([w], [probe], 1e-11)
+        loss(tables[0]).backward()
+        opt.second_step(zero_grad=True)
+        with torch.no_grad():
+            v.copy_(probe)
+        plain.zero_grad()
+        loss(tables[1]).backward()
+        with torch.no_grad():
+            v.copy_(start)
+        plain.step()
+        plain.zero_grad()
+        assert_close([w], [v], 1e-10)
+
+
+def test_a_base_with_a_rho_of_its_own_keeps_it_and_ours_is_sam_rho():
+    w = Parameter(torch.zeros(1))
+    opt = SAM([{"params": [w], "rho": 0.8}], torch.optim.Adadelta, rho=0.05, lr=1.0)
+    assert (opt.param_groups[0]["rho"], opt.param_groups[0]["sam_rho"]) == (0.8, 0.05)
+    wrapped = SAM.wrap(torch.optim.Adadelta([w], rho=0.95), rho=0.3)
+    assert (wrapped.param_groups[0]["rho"], wrapped.param_groups[0]["sam_rho"]) == (0.95, 0.3)
+    opt.param_groups[0]["sam_rho"] = 0.25
+    w.grad = torch.ones(1)
+    opt.first_step()
+    assert_close([w], [torch.full((1,), 0.25)], 1e-6)
+    opt.second_step()
+
+
+def test_a_schedule_of_the_radius_leaves_the_rho_of_the_base_alone():
+    w = Parameter(torch.zeros(1))
+    opt = SAM.wrap(torch.optim.Adadelta([w], lr=0.0, rho=0.95), rho=lambda step: 0.5 + step)
+    for radius in (0.5, 1.5):
+        w.grad = torch.ones(1)
+        opt.first_step()
+        assert_close([w], [torch.full((1,), radius)], 1e-6)
+        opt.second_step()
+    assert opt.param_groups[0]["rho"] == 0.95
+
+
+def test_a_checkpoint_of_a_base_with_a_rho_of_its_own_goes_both_ways():
+    w, v = Parameter(torch.zeros(1)), Parameter(torch.zeros(1))
+    opt, plain = SAM([w], torch.optim.Adadelta, rho=0.05), torch.optim.Adadelta([v], rho=0.7)
+    opt.load_state_dict(plain.state_dict())
+    assert (opt.param_groups[0]["rho"], opt.param_groups[0]["sam_rho"]) == (0.7, 0.05)
+    plain.load_state_dict(opt.state_dict())
+    assert plain.param_groups[0]["rho"] == 0.7
+
+
+def test_a_base_with_an_adaptive_of_its_own_keeps_it():
+    class Adapting(torch.optim.SGD):
+        def __init__(self, params, lr=0.0, adaptive="rows"):
+            super().__init__(params, lr=lr)
+            self.defaults["adaptive"] = adaptive
+            for group in self.param_groups:
+                group["adaptive"] = adaptive
+
+    w = Parameter(torch.tensor([2.0, 0.0]))
+    opt = SAM([w], Adapting, rho=0.5)
+    w.grad = torch.tensor([3.0, 4.0])
+    opt.first_step()
+    assert_close([w], [torch.tensor([2.3, 0.4])], 1e-6)
+    assert (opt.param_groups[0]["adaptive"], opt.param_groups[0]["sam_adaptive"]) == ("rows", False)

@@ -478,3 +478,38 @@ def test_copies_and_pickles_keep_the_class(module):
     twin = copy.deepcopy(opt)
     assert type(twin) is module.SAM
     assert twin.base_optimizer.param_groups is twin.param_groups
+
+
+@both
+def test_a_closure_without_a_backward_before_it_names_the_rule(module):
+    problem = Problem()
+    opt = module.SAM(problem.params, SGD, **BASE)
+    before, calls = values(problem.params), []
+
+    def closure() -> torch.Tensor:
+        calls.append(1)
+        loss = problem.loss(0)
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"called once.*after your own backward.*backward\(\) before step"):
+        opt.step(closure)
+    assert not calls
+    assert same_bits(values(problem.params), before)
+    closure()
+    opt.step(closure)
+    assert not same_bits(values(problem.params), before)
+
+
+def test_a_subclass_may_prepare_the_gradients_between_norm_and_perturbation() -> None:
+    class Halved(sam_kernels.SAM):
+        def _prepare_gradients(self, served) -> None:
+            for group, _ in served:
+                for grad in group.grads:
+                    grad.mul_(0.5)
+
+    w = nn.Parameter(torch.zeros(2))
+    opt = Halved([w], SGD, rho=1.0, lr=0.1)
+    w.grad = torch.tensor([3.0, 4.0])
+    opt.first_step()
+    torch.testing.assert_close(w.detach(), torch.tensor([0.3, 0.4]))

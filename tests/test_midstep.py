@@ -1,4 +1,4 @@
-"""What may happen between the passes of a step, or make it fail, and what is left then: the user's weights."""
+"""What may happen between the passes of a step or make it fail; the weights are the user's own afterwards."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def test_a_cast_between_the_passes_restores_and_is_a_sentence(dtype, base, backe
     opt.first_step()
     w.data = w.data.to(dtype)
     w.grad = torch.ones(2, dtype=dtype)
-    with pytest.raises(RuntimeError, match=rf"\[0\]\['params'\]\[1\] was torch.float32.* is {dtype}.*restored"):
+    with pytest.raises(
+        RuntimeError, match=rf"\[0\]\['params'\]\[1\] was torch.float32.* is {dtype}.*restored"
+    ):
         opt.second_step()
     assert torch.equal(v.detach(), torch.tensor([0.5, 0.25]))
     assert torch.equal(w.detach(), torch.tensor([1.0, 2.0], dtype=dtype))
@@ -154,7 +156,9 @@ def test_a_group_added_through_the_base_between_the_passes_takes_the_update(base
 @pytest.mark.parametrize("form", ["closure", "perturbed"])
 def test_a_failed_step_with_a_non_finite_gradient_leaves_no_guard_for_the_next(form, backend):
     w = Parameter(torch.ones(2))
-    opt = SAM([w], torch.optim.SGD, recipe=recipes.sam(every=2), backend=backend, lr=0.5, allow_plain_step=True)
+    opt = SAM(
+        [w], torch.optim.SGD, recipe=recipes.sam(every=2), backend=backend, lr=0.5, allow_plain_step=True
+    )
     passes = []
 
     def closure():

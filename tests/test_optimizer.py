@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import inspect
 import pickle
@@ -619,6 +620,113 @@ def test_running_statistics_thaw_when_the_second_pass_raises():
     assert int(model.inner[1].num_batches_tracked) == 2  # the first pass, and this call
 
 
+# --- what is refused at the door ----------------------------------------------------------------------------
+
+
+def asked_for(**arguments):
+    return lambda: SAM([Parameter(torch.ones(2))], torch.optim.SGD, lr=0.1, **arguments)
+
+
+SENTENCES = {
+    "model": (asked_for(model="x"), "model is 'x'; expected the torch.nn.Module"),
+    "adaptive": (asked_for(adaptive="yes"), "adaptive is 'yes'; expected True"),
+    "rho": (asked_for(rho=True), "rho is True; expected a finite number"),
+    "group": (
+        lambda: SAM([{"params": [Parameter(torch.ones(2))], "adaptive": "no"}], torch.optim.SGD, lr=0.1),
+        r"param_groups\[0\]: adaptive is 'no'; expected True",
+    ),
+    "added group": (
+        lambda: asked_for()().add_param_group({"params": [Parameter(torch.ones(2))], "adaptive": "no"}),
+        "adaptive is 'no'; expected True",
+    ),
+    "closure": (lambda: asked_for()().step(5), r"step\(\): closure is 5; expected a function"),
+    "base": (
+        lambda: SAM([Parameter(torch.ones(2))], SAM),
+        "SAM is a sharpness-aware optimizer itself; expected",
+    ),
+    "eta": (lambda: recipes.asam(eta="a"), "eta is 'a'; expected a finite number"),
+    "layerwise eta": (lambda: recipes.layerwise_sam(eta=None), "eta is None; expected a finite number"),
+    "types": (
+        lambda: recipes.nosam(types=[torch.nn.LayerNorm]),
+        r"types is \[.*LayerNorm.*\]; expected a tuple of module classes",
+    ),
+    "type": (
+        lambda: recipes.nosam(types=torch.nn.LayerNorm),
+        "types is .*LayerNorm.*; expected a tuple of module classes",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SENTENCES)
+def test_arguments_that_make_no_sense_are_sentences(what):
+    ask, sentence = SENTENCES[what]
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        ask()
+
+
+@pytest.mark.filterwarnings("ignore:.*name")
+def test_adaptive_set_later_beside_a_recipe_with_a_metric_is_a_sentence_and_moves_nothing():
+    w = Parameter(torch.ones(2))
+    opt = SAM([w], torch.optim.SGD, recipe="layerwise_sam", lr=0.1)
+    opt.param_groups[0]["adaptive"] = True
+    w.grad = torch.ones(2)
+    with pytest.raises(TypeError, match=r"param_groups\[0\]: adaptive=True and recipe 'layerwise_sam'"):
+        opt.first_step()
+    assert torch.equal(w.detach(), torch.ones(2))
+
+
+@pytest.mark.parametrize("size", [4, 1 << 12])
+def test_a_parameter_that_overlaps_itself_is_refused_at_construction(size):
+    groups = [{"params": [Parameter(torch.ones(2))]}, {"params": [Parameter(torch.ones(1).expand(size))]}]
+    with pytest.raises(ValueError, match=r"param_groups\[1\]\['params'\]\[0\] of shape.*more than once"):
+        SAM(groups, torch.optim.SGD, lr=0.1)
+
+
+def test_windows_over_one_tensor_are_refused_at_construction():
+    with pytest.raises(ValueError, match="more than once"):
+        SAM([Parameter(torch.ones(6).as_strided((3, 4), (1, 1)))], torch.optim.SGD, lr=0.1)
+
+
+@pytest.mark.parametrize("ranges", [((0, 4), (0, 4)), ((0, 4), (3, 6)), ((0, 6), (2, 3))], ids=str)
+def test_two_parameters_over_one_memory_are_refused_at_construction(ranges):
+    block = torch.ones(6)
+    groups = [{"params": [Parameter(torch.ones(2))]}]
+    groups += [{"params": [Parameter(block[start:stop])]} for start, stop in ranges]
+    message = r"param_groups\[[12]\]\['params'\]\[0\] and param_groups\[[12]\].*over the same memory"
+    with pytest.raises(ValueError, match=message):
+        SAM(groups, torch.optim.SGD, lr=0.1)
+
+
+def test_a_row_and_a_column_that_cross_are_refused_and_columns_are_not():
+    table = torch.ones(4, 4)
+    with pytest.raises(ValueError, match="over the same memory"):
+        SAM([Parameter(table[:, 1]), Parameter(table[:, 2]), Parameter(table[3])], torch.optim.SGD, lr=0.1)
+    SAM([Parameter(table[:, k]) for k in range(4)], torch.optim.SGD, lr=0.1)
+
+
+def test_one_parameter_in_two_places_of_a_model_is_served_once():
+    tied = torch.nn.Linear(3, 3)
+    model = torch.nn.Sequential(tied, torch.nn.Tanh(), tied)
+    SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+
+
+# --- what belongs to the base -------------------------------------------------------------------------------
+
+
+def test_empty_state_and_groups_can_be_set():
+    w = Parameter(torch.ones(2))
+    opt = SAM([w], torch.optim.SGD, lr=0.1, momentum=0.9)
+    for half in (opt.first_step, opt.second_step):
+        w.grad = torch.ones(2)
+        half()
+    assert opt.state
+    fresh = collections.defaultdict(dict)
+    opt.state = fresh
+    assert opt.base_optimizer.state is fresh
+    opt.param_groups = []
+    assert opt.base_optimizer.param_groups == []
+
+
 # --- copies -------------------------------------------------------------------------------------------------
 
 
@@ -667,6 +775,28 @@ def test_a_copy_taken_while_perturbed_is_refused_or_can_be_restored(how):
         assert torch.equal(v.detach(), torch.tensor([1.0, 2.0]))
     opt.step()
     assert torch.equal(w.detach(), torch.tensor([1.0, 2.0]))
+
+
+def test_hooks_and_closure_keywords_do_not_stand_in_the_way_of_pickle():
+    model = small_net()
+    opt = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    for register in (
+        opt.register_step_pre_hook,
+        opt.register_step_post_hook,
+        opt.register_state_dict_pre_hook,
+        opt.register_state_dict_post_hook,
+        opt.register_load_state_dict_pre_hook,
+        opt.register_load_state_dict_post_hook,
+    ):
+        register(lambda *_: None)
+    opt.closure_kwargs = lambda probe: {}
+    run(opt, model, 1)
+    other_model, other = pickle.loads(pickle.dumps((model, opt)))
+    run(opt, model, 1, first=1)
+    run(other, other_model, 1, first=1)
+    other.register_step_post_hook(lambda *_: None)
+    other.load_state_dict(other.state_dict())
+    assert same_bits(model.parameters(), other_model.parameters())
 
 
 # --- signature ----------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from oracles import sam as oracle
 from oracles.trajectory import follow, gradient_of
 from torch.nn import Parameter
 
-from sam_kernels import SAM, Recipe, recipes
+from sam_kernels import SAM, Recipe, policies, recipes
 
 STEPS = 6
 NAMES = ("sam", "asam", "layerwise_sam", "nosam")
@@ -392,3 +392,25 @@ def test_every_k_in_the_two_step_form_does_not_move_weights_on_the_other_steps(b
         opt.step()
         torch.testing.assert_close(w.detach(), before - 0.05)
     assert moved == [True, False, True, False]
+
+
+STRINGS = {
+    "Adaptive": lambda: policies.Adaptive(only="*weight*"),
+    "LayerWise": lambda: policies.LayerWise(only="*weight*"),
+    "ByModule": lambda: policies.ByModule(names="*weight*"),
+    "ByName": lambda: policies.ByName("*weight*"),
+    "asam": lambda: recipes.asam(only="*weight*"),
+    "layerwise_sam": lambda: recipes.layerwise_sam(only="*weight*"),
+}
+
+
+@pytest.mark.parametrize("where", STRINGS)
+def test_one_string_in_place_of_patterns_is_the_same_sentence_everywhere(where):
+    with pytest.raises(ValueError, match=r"is the string '\*weight\*'; expected a tuple of patterns, \('"):
+        STRINGS[where]()
+
+
+@pytest.mark.parametrize("patterns", [3, (3,), {"*weight*"}], ids=str)
+def test_patterns_that_are_no_strings_are_a_sentence(patterns):
+    with pytest.raises(ValueError, match="expected a tuple of shell-style patterns"):
+        policies.Adaptive(only=patterns)

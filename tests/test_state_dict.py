@@ -313,3 +313,34 @@ def test_an_update_that_fails_leaves_no_state_behind(base, backend, monkeypatch)
         o.first_step()
         o.second_step()
     assert same_bits([w, *base_state(opt)], [plain, *base_state(other)])
+
+
+@pytest.mark.parametrize(("key", "value"), [("rho", -3.0), ("rho", "big"), ("adaptive", "yes")])
+def test_a_checkpoint_with_a_radius_that_makes_no_sense_loads_nothing(key, value):
+    model = small_net()
+    opt = SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    train(opt, model, range(2))
+    before, rate = base_state(opt), opt.param_groups[0]["lr"]
+    bad = copy.deepcopy(opt.state_dict())
+    bad["param_groups"][0] |= {key: value, "lr": 7.0}
+    bad["state"][0]["momentum_buffer"].fill_(99.0)
+    with pytest.raises(
+        (ValueError, TypeError), match=rf"load_state_dict\(\): param_groups\[0\].*{key} is {value!r}"
+    ):
+        opt.load_state_dict(bad)
+    assert same_bits(base_state(opt), before)
+    assert opt.param_groups[0]["lr"] == rate
+    assert opt.param_groups[0][key] != value
+
+
+@every_backend
+def test_a_skipped_step_is_counted_as_an_attempt_and_nothing_else(backend):
+    w = Parameter(torch.ones(2))
+    opt = SAM([w], torch.optim.SGD, recipe=recipes.sam(every=2), backend=backend, lr=0.1, momentum=0.9)
+    w.grad = torch.tensor([float("nan"), 1.0])
+    opt.first_step()
+    opt.second_step()
+    assert opt.param_groups[0]["sam_step"] == 1
+    assert not opt.is_due
+    assert not opt.state
+    assert torch.equal(w.detach(), torch.ones(2))

@@ -26,6 +26,10 @@ class NoClosure(RuntimeError, AssertionError):
     """``step()`` had neither a closure nor a pending `first_step`; an AssertionError over there."""
 
 
+class NoGradient(RuntimeError):
+    """``step(closure)`` was called without a backward pass before it."""
+
+
 class SAM(optimizer.SAM):
     """`sam_kernels.SAM` with the closure rule of davda54/sam: backward first, then ``step(closure)``.
 
@@ -43,6 +47,7 @@ class SAM(optimizer.SAM):
 
     Raises:
         NegativeRho: for a negative rho; a ValueError and an AssertionError.
+        NoGradient: by ``step(closure)`` without a backward before it.
 
     Example:
         >>> import torch
@@ -81,8 +86,15 @@ class SAM(optimizer.SAM):
         super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, backend=backend, **kwargs)
 
     def _evaluate(self, closure: Callable[..., Any], probe: int) -> Any:
-        # The gradients of the first pass are the caller's; this class has no loss of it to return.
-        return None if probe == 0 else super()._evaluate(closure, probe)
+        if probe > 0:
+            return super()._evaluate(closure, probe)
+        if not self._has_gradients():
+            raise NoGradient(
+                "SAM.step(closure): no parameter has a gradient. The closure is called once, at the "
+                "perturbed weights and after your own backward: call loss.backward() before step(closure), "
+                "and zero_grad() after it"
+            )
+        return None  # the gradients of the first pass are the caller's, and so is their loss
 
     def _plain_step(self) -> None:
         if not self.allow_plain_step and any(group.get("lr") != 0 for group in self.param_groups):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import optimizer, perturbation
+from ..perturbation import Served
 from ..recipe import check_rho
 from ..recipes import sam
 from . import davda54
@@ -100,21 +100,10 @@ class SAM(davda54.SAM):
     def _no_closure(self) -> Exception:
         return NoClosureError(str(self))
 
-    def _ascend(self) -> None:
-        if not self.use_gc:
-            super()._ascend()
-            return
-        # As SAM._ascend, with the gradients centralized between the norm and the perturbation.
-        served = self._groups()
-        for group, _ in served:
-            group.read_gradients()
-        self._write_tables(served)
-        if served:
-            self._measure = perturbation.measure(served, self.recipe)
+    def _prepare_gradients(self, served: Served) -> None:
+        if self.use_gc:
             for group, _ in served:
                 _centralize_(group.grads)
-            perturbation.perturb(served, self._measure)
-        self._phase = optimizer._PERTURBED
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of `sam_kernels`, of the base optimizer, or one written by that package.

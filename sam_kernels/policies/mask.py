@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .member import Member
+from .member import Member, check_patterns
 
 # _NormBase is the common ancestor of BatchNorm, SyncBatchNorm and InstanceNorm.
 NORMALIZATION: tuple[type, ...] = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -45,6 +45,9 @@ class ByName(Mask):
         patterns: e.g. ``("*norm*", "*bn*")``.
         invert: perturb the others instead.
 
+    Raises:
+        ValueError: if patterns is one string.
+
     Example:
         >>> ByName(("*bn*",)).selects(Member("layer1.bn1.weight"))
         True
@@ -54,10 +57,7 @@ class ByName(Mask):
     invert: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.patterns, str):
-            raise ValueError(
-                f"ByName: patterns is the string {self.patterns!r}; expected a tuple of patterns"
-            )
+        check_patterns("ByName", "patterns", self.patterns)
 
     def selects(self, member: Member) -> bool:
         return member.matches(self.patterns) != self.invert
@@ -77,6 +77,9 @@ class ByModule(Mask):
         names: patterns to fall back to for parameters whose module is unknown.
         invert: perturb the others instead.
 
+    Raises:
+        ValueError: if types is not a tuple of classes, or names is one string.
+
     Example:
         >>> from torch import nn
         >>> ByModule().selects(Member(module=nn.LayerNorm(4)))
@@ -86,6 +89,14 @@ class ByModule(Mask):
     types: tuple[type, ...] = NORMALIZATION
     names: tuple[str, ...] = NORMALIZATION_NAMES
     invert: bool = False
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.types, tuple) and all(isinstance(kind, type) for kind in self.types)):
+            raise ValueError(
+                f"ByModule: types is {self.types!r}; expected a tuple of module classes, "
+                "e.g. (torch.nn.LayerNorm,)"
+            )
+        check_patterns("ByModule", "names", self.names)
 
     def selects(self, member: Member) -> bool:
         if member.module is not None:

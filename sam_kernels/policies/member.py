@@ -27,3 +27,16 @@ class Member:
         """True when the name is known and fits one of the shell-style patterns (case matters)."""
         name = self.name
         return name is not None and any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_patterns(owner: str, field: str, patterns: Any) -> None:
+    """Raise a sentence unless patterns is a tuple or list of strings.
+
+    One string is refused: its characters would pass for patterns.
+    """
+    if isinstance(patterns, str):
+        raise ValueError(
+            f"{owner}: {field} is the string {patterns!r}; expected a tuple of patterns, ({patterns!r},)"
+        )
+    if not (isinstance(patterns, tuple | list) and all(isinstance(item, str) for item in patterns)):
+        raise ValueError(f"{owner}: {field} is {patterns!r}; expected a tuple of shell-style patterns")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .member import Member
+from .member import Member, check_patterns
 
 
 def _check_norm(owner: str, p: float) -> None:
@@ -15,6 +15,11 @@ def _check_norm(owner: str, p: float) -> None:
             f"{owner}: p is {p!r}; expected a number above 1 (2 is SAM's ball, math.inf the sign "
             "perturbation). p = 1 has no unique maximizer and is not offered"
         )
+
+
+def _check_eta(owner: str, eta: float) -> None:
+    if not (isinstance(eta, int | float) and 0 <= eta < math.inf):
+        raise ValueError(f"{owner}: eta is {eta!r}; expected a finite number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Adaptive(Metric):
             still perturbed and counted. None means every parameter.
 
     Raises:
-        ValueError: if p is not above 1 or eta is negative.
+        ValueError: if p is not above 1, eta is negative or only is one string.
 
     Example:
         >>> Adaptive(eta=0.01, only=("*weight*",)).applies_to(Member("fc.bias"))
@@ -84,8 +89,9 @@ class Adaptive(Metric):
 
     def __post_init__(self) -> None:
         _check_norm("Adaptive", self.p)
-        if not self.eta >= 0:
-            raise ValueError(f"Adaptive: eta is {self.eta!r}; expected a number of at least 0")
+        _check_eta("Adaptive", self.eta)
+        if self.only is not None:
+            check_patterns("Adaptive", "only", self.only)
 
     def applies_to(self, member: Member) -> bool:
         # Without names the filter cannot be answered; the optimizer has warned that T goes everywhere.
@@ -113,7 +119,7 @@ class LayerWise(Metric):
         only: names that get ``T_l`` under "operator"; others keep 1. None means every tensor.
 
     Raises:
-        ValueError: if form is unknown, eta is negative or p is not 2.
+        ValueError: if form is unknown, eta is negative, p is not 2 or only is one string.
 
     Example:
         >>> LayerWise(form="radius").form
@@ -134,8 +140,9 @@ class LayerWise(Metric):
             raise ValueError(f"LayerWise: form is {self.form!r}; expected one of {', '.join(self.FORMS)}")
         if self.p != 2:
             raise ValueError(f"LayerWise: p is {self.p!r}; layer-wise perturbations are defined for p = 2")
-        if not self.eta >= 0:
-            raise ValueError(f"LayerWise: eta is {self.eta!r}; expected a number of at least 0")
+        _check_eta("LayerWise", self.eta)
+        if self.only is not None:
+            check_patterns("LayerWise", "only", self.only)
 
     def applies_to(self, member: Member) -> bool:
         return self.only is None or member.name is None or member.matches(self.only)
