@@ -501,8 +501,8 @@ class SAM(Optimizer):
             if is_pending and self._had_gradients and self._clearings < 2 and not self._has_gradients():
                 raise RuntimeError(
                     "step(): no parameter has a gradient, though there were some in the first pass. The "
-                    "weights are restored and nothing was updated; call backward() again between first_step() "
-                    "and step()"
+                    "weights are restored and nothing was updated; call backward() again between "
+                    "first_step() and step()"
                 )
             rule, _ = state.fused_rule(self.base_optimizer)
             if rule is None:
@@ -521,7 +521,7 @@ class SAM(Optimizer):
             group["sam_step"] += 1
 
     def _descend_fused(self, rule: str, guard: Tensor | None) -> None:
-        served = self._perturbed_groups() or self._groups()
+        served = self._groups()
         for group, _ in served:
             group.read_gradients()
         self._write_tables(served)
@@ -558,8 +558,13 @@ class SAM(Optimizer):
     # ---- tensor groups -------------------------------------------------------------------------
 
     def _groups(self) -> Served:
-        """The tensor groups with their backends, rebuilt when parameters were replaced or moved."""
+        """The tensor groups with their backends, rebuilt when parameters were replaced or moved.
+
+        While weights are perturbed these are the groups that know it, whatever happened since.
+        """
         self._adopt_strays()
+        if perturbed := self._perturbed_groups():
+            return perturbed
         layout = self._present_layout()
         if self._served is not None and layout == self._layout:
             if all(group.is_current() for group, _ in self._served):

@@ -341,7 +341,7 @@ def _check_overlaps(places: list[tuple[Tensor, str]]) -> None:
         start = 0 if param.device.type == "meta" else param.data_ptr()
         if start == 0 or param.numel() == 0:
             continue
-        if not is_dense(param) and len(set(_addresses(param))) < param.numel():
+        if not is_dense(param) and _repeats(param):
             raise ValueError(
                 f"{where} of shape {tuple(param.shape)} and strides {param.stride()} holds the same element "
                 "more than once, as expand() makes it; give the optimizer the tensor it was made from"
@@ -365,16 +365,28 @@ def _check_overlaps(places: list[tuple[Tensor, str]]) -> None:
             reached.append(span)
 
 
+def _repeats(tensor: Tensor) -> bool:
+    """Whether an element of memory appears in the tensor more than once."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride == 0:
+            return True
+        if stride <= reach:  # windows, or something rare that only looks like them
+            return _addresses(tensor).unique().numel() < tensor.numel()
+        reach += (size - 1) * stride
+    return False
+
+
 def _share(a: Tensor, b: Tensor) -> bool:
-    if is_dense(a) and is_dense(b):
-        return True
-    return not set(_addresses(a)).isdisjoint(_addresses(b))
+    """Whether two tensors whose spans of memory overlap have an element in common."""
+    return (is_dense(a) and is_dense(b)) or bool(torch.isin(_addresses(a), _addresses(b)).any())
 
 
-def _addresses(tensor: Tensor) -> list[int]:
+def _addresses(tensor: Tensor) -> Tensor:
     """The address of every element."""
     offsets = torch.zeros((), dtype=torch.int64)
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
-    addresses: list[int] = (tensor.data_ptr() + offsets * tensor.element_size()).flatten().tolist()
-    return addresses
+    return (tensor.data_ptr() + offsets * tensor.element_size()).flatten()

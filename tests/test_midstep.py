@@ -118,6 +118,20 @@ def test_a_cast_inside_the_perturbed_block_restores_and_is_a_sentence(backend):
 
 
 @every_backend
+def test_looking_at_the_backends_after_a_cast_does_not_lose_the_snapshots(backend):
+    w = Parameter(torch.ones(2))
+    opt = SAM([w], torch.optim.SGD, rho=0.5, backend=backend, lr=0.1)
+    w.grad = torch.ones(2)
+    opt.first_step()
+    w.data = w.data.double()
+    assert backend in str(opt.backends())
+    w.grad = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="restored"):
+        opt.second_step()
+    assert torch.equal(w.detach(), torch.ones(2, dtype=torch.float64))
+
+
+@every_backend
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
 def test_a_parameter_replaced_between_the_passes_is_restored_and_a_sentence(base, backend):
     old, new = Parameter(torch.ones(2)), Parameter(torch.full((2,), 5.0))
