@@ -697,11 +697,13 @@ def test_two_parameters_over_one_memory_are_refused_at_construction(ranges):
         SAM(groups, torch.optim.SGD, lr=0.1)
 
 
-def test_a_row_and_a_column_that_cross_are_refused_and_columns_are_not():
+def test_a_row_and_a_column_that_cross_are_refused_and_views_that_share_nothing_are_not():
     table = torch.ones(4, 4)
     with pytest.raises(ValueError, match="over the same memory"):
         SAM([Parameter(table[:, 1]), Parameter(table[:, 2]), Parameter(table[3])], torch.optim.SGD, lr=0.1)
     SAM([Parameter(table[:, k]) for k in range(4)], torch.optim.SGD, lr=0.1)
+    interlocked = torch.ones(8).as_strided((3, 2), (2, 3))  # elements 0 2 4 and 3 5 7
+    SAM([Parameter(interlocked)], torch.optim.SGD, lr=0.1)
 
 
 def test_one_parameter_in_two_places_of_a_model_is_served_once():
