@@ -3,9 +3,12 @@
 // No torch header and no torch library: tensors are Python objects with a data_ptr() method, and
 // device scalars arrive as addresses. See note: [addresses].
 
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -57,16 +60,68 @@ std::string where(const char* list, std::size_t index) {
   return std::string(list) + "[" + std::to_string(index) + "]";
 }
 
+// The passes of one library: the CPU engine inside this module, or one that was opened by its path.
+struct Library {
+  decltype(&samk_plan_create) plan_create = samk_plan_create;
+  decltype(&samk_plan_destroy) plan_destroy = samk_plan_destroy;
+  decltype(&samk_plan_workspace_bytes) plan_workspace_bytes = samk_plan_workspace_bytes;
+  decltype(&samk_sq_norm) sq_norm = samk_sq_norm;
+  decltype(&samk_perturb) perturb = samk_perturb;
+  decltype(&samk_restore) restore = samk_restore;
+  decltype(&samk_grad_stats) grad_stats = samk_grad_stats;
+  decltype(&samk_combine) combine = samk_combine;
+  decltype(&samk_descend) descend = samk_descend;
+  decltype(&samk_last_error) last_error = samk_last_error;
+  decltype(&samk_check_device) check_device = nullptr;  // where there are devices
+  decltype(&samk_build_info) build_info = nullptr;
+
+  void check(int status) const {
+    if (status != 0) throw std::runtime_error(last_error());
+  }
+};
+
+// Opens a library that exports the C ABI. It stays open: kernels may still run when the last plan is gone.
+std::shared_ptr<Library> open_library(const std::string& path) {
+  void* const handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (handle == nullptr) throw std::runtime_error(dlerror());
+  const auto find = [&](auto& function, const char* name) {
+    function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(handle, name));
+    if (function == nullptr) throw std::runtime_error(path + " exports no " + name);
+  };
+  decltype(&samk_abi_version) version = nullptr;
+  find(version, "samk_abi_version");
+  if (version() != SAMK_ABI_VERSION) {
+    throw std::runtime_error(path + " speaks version " + std::to_string(version()) +
+                             " of the C interface and this package version " +
+                             std::to_string(SAMK_ABI_VERSION) +
+                             "; reinstall the package, so that both come from one source");
+  }
+  auto library = std::make_shared<Library>();
+  find(library->plan_create, "samk_plan_create");
+  find(library->plan_destroy, "samk_plan_destroy");
+  find(library->plan_workspace_bytes, "samk_plan_workspace_bytes");
+  find(library->sq_norm, "samk_sq_norm");
+  find(library->perturb, "samk_perturb");
+  find(library->restore, "samk_restore");
+  find(library->grad_stats, "samk_grad_stats");
+  find(library->combine, "samk_combine");
+  find(library->descend, "samk_descend");
+  find(library->last_error, "samk_last_error");
+  find(library->check_device, "samk_check_device");
+  find(library->build_info, "samk_build_info");
+  return library;
+}
+
 class Plan {
  public:
-  Plan(std::vector<std::int64_t> numel, std::vector<std::int32_t> row)
-      : numel_(std::move(numel)), row_(std::move(row)) {
+  Plan(std::vector<std::int64_t> numel, std::vector<std::int32_t> row, std::shared_ptr<Library> library)
+      : numel_(std::move(numel)), row_(std::move(row)), library_(std::move(library)) {
     if (numel_.size() != row_.size())
       throw std::invalid_argument("Plan: numel and row must have one entry per tensor");
-    plan_ = samk_plan_create(numel_.data(), static_cast<std::int64_t>(numel_.size()));
-    if (plan_ == nullptr) throw std::runtime_error(samk_last_error());
+    plan_ = library_->plan_create(numel_.data(), static_cast<std::int64_t>(numel_.size()));
+    if (plan_ == nullptr) throw std::runtime_error(library_->last_error());
   }
-  ~Plan() { samk_plan_destroy(plan_); }
+  ~Plan() { library_->plan_destroy(plan_); }
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
@@ -75,7 +130,7 @@ class Plan {
   // Tensor.data_ptr through vectorcall: well below 100 ns a tensor, and no torch symbol is needed.
   // What the tensor group vouches for (dtype, size and strides of parameters, gradients, snapshots)
   // is not checked again. Lists from elsewhere name the dtype they must have; state, whose tensors
-  // are the same for many steps, is held on to and checked only where a tensor is new.
+  // are the same for many steps, is held on to and checked only where a tensor or its address is new.
   //
   // Returns how many entries are not None.
   std::size_t point(int slot, const char* list, const py::list& tensors, int dtype, const py::object& must_be,
@@ -98,11 +153,13 @@ class Plan {
         continue;
       }
       const std::int64_t numel = slot == kSteps ? 1 : numel_[t];
-      if (!must_be.is_none() && !(hold && table.held[t].ptr() == tensor)) {
+      void* data = PyLong_AsVoidPtr(call(tensor, names().data_ptr).ptr());
+      // A held tensor is checked again where its memory was exchanged under it.
+      const bool is_known = hold && table.held[t].ptr() == tensor && table.data[t] == data;
+      if (!must_be.is_none() && !is_known) {
         check_tensor(list, t, tensor, numel, must_be);
         if (hold) table.held[t] = py::reinterpret_borrow<py::object>(tensor);
       }
-      void* data = PyLong_AsVoidPtr(call(tensor, names().data_ptr).ptr());
       if (data == nullptr) {
         if (PyErr_Occurred()) throw py::error_already_set();
         if (numel > 0) {
@@ -119,28 +176,31 @@ class Plan {
     return present;
   }
 
-  // Whether any tensor is measured by its own size, so that sq_norm reads the parameters too.
-  bool is_adaptive(std::uintptr_t table) const {
-    const double* rows = at<const double>(table);
-    for (std::int32_t r : row_) {
-      if (rows[r * SAMK_COLUMNS + SAMK_METRIC] == SAMK_ADAPTIVE) return true;
-    }
-    return false;
+  std::int64_t workspace_bytes() const { return library_->plan_workspace_bytes(plan_); }
+
+  // Memory of workspace_bytes(), cleared once, and the stream and device of the passes that follow. The CPU
+  // library needs neither.
+  void place(std::uintptr_t workspace, std::uintptr_t stream, std::int32_t device) {
+    workspace_ = at<void>(workspace);
+    queue_ = {at<void>(stream), device};
   }
 
-  void sq_norm(std::uintptr_t table, int moment, double q, std::uintptr_t peak, std::uintptr_t out,
-               std::uintptr_t per_tensor) const {
+  void sq_norm(std::uintptr_t table, bool reads_params, int moment, double q, std::uintptr_t peak,
+               double root, std::uintptr_t out, std::uintptr_t per_tensor) const {
     samk_sq_norm_args args{};
     args.grads = list(kGrads);
-    if (is_adaptive(table)) args.params = list(kParams);
+    if (reads_params) args.params = list(kParams);
     args.row = row_.data();
     args.table = at<const double>(table);
     args.moment = moment;
     args.q = q;
     args.peak = at<const double>(peak);
+    args.root = root;
     args.out = at<double>(out);
     args.per_tensor = at<double>(per_tensor);
-    run([&] { return samk_sq_norm(plan_, &args); });
+    args.workspace = workspace_;
+    args.queue = queue_;
+    run([&] { return library_->sq_norm(plan_, &args); });
   }
 
   void perturb(std::uintptr_t table, int shape, double q, std::uintptr_t peak, std::uintptr_t norm,
@@ -160,14 +220,16 @@ class Plan {
     args.peak = at<const double>(peak);
     args.norm = at<const double>(norm);
     args.tensor_scale = at<const double>(tensor_scale);
-    run([&] { return samk_perturb(plan_, &args); });
+    args.queue = queue_;
+    run([&] { return library_->perturb(plan_, &args); });
   }
 
   void restore() const {
     samk_restore_args args{};
     args.params = list(kParams);
     args.snapshots = list(kSnapshots);
-    run([&] { return samk_restore(plan_, &args); });
+    args.queue = queue_;
+    run([&] { return library_->restore(plan_, &args); });
   }
 
   void grad_stats(int lists, std::uintptr_t out) const {
@@ -176,7 +238,9 @@ class Plan {
     for (int i = 0; i < lists; ++i) args.list[i] = list(static_cast<Slot>(kList0 + i));
     args.lists = lists;
     args.out = at<double>(out);
-    run([&] { return samk_grad_stats(plan_, &args); });
+    args.workspace = workspace_;
+    args.queue = queue_;
+    run([&] { return library_->grad_stats(plan_, &args); });
   }
 
   void combine(int lists, int outs, std::uintptr_t coefficients) const {
@@ -188,12 +252,14 @@ class Plan {
     args.lists = lists;
     args.outs = outs;
     args.coefficients = at<const double>(coefficients);
-    run([&] { return samk_combine(plan_, &args); });
+    args.queue = queue_;
+    run([&] { return library_->combine(plan_, &args); });
   }
 
-  // fresh: an empty list says that no momentum buffer is.
-  void descend(std::uintptr_t table, int rule, const py::list& fresh, std::uintptr_t guard,
-               std::uintptr_t found_inf, std::uintptr_t inv_scale) {
+  // fresh: an empty list says that no momentum buffer is. with_momentum: by row of the table, whether it has
+  // any.
+  void descend(std::uintptr_t table, int rule, const py::list& fresh, const std::vector<bool>& with_momentum,
+               std::uintptr_t guard, std::uintptr_t found_inf, std::uintptr_t inv_scale) {
     samk_descend_args args{};
     args.params = list(kParams);
     args.grads = list(kGrads);
@@ -207,7 +273,7 @@ class Plan {
     if (rule == SAMK_SGD) {
       args.state[0] = list(kList0);
       if (fresh.size() != 0) args.fresh = read_fresh(fresh);
-      require_momentum(args.table);
+      require_momentum(with_momentum);
     } else {
       args.state[0] = list(kList0);
       args.state[1] = list(kList1);
@@ -216,7 +282,9 @@ class Plan {
       require("exp_avg_sq", kList1);
       require("step", kSteps);
     }
-    run([&] { return samk_descend(plan_, &args); });
+    args.workspace = workspace_;
+    args.queue = queue_;
+    run([&] { return library_->descend(plan_, &args); });
   }
 
  private:
@@ -238,7 +306,7 @@ class Plan {
       py::gil_scoped_release released;
       status = pass();
     }
-    check(status);
+    library_->check(status);
   }
 
   static void check_count(const char* pass, int count, int most, const char* what) {
@@ -272,10 +340,10 @@ class Plan {
     }
   }
 
-  void require_momentum(const double* table) const {
+  void require_momentum(const std::vector<bool>& with_momentum) const {
     for (std::size_t t = 0; t < numel_.size(); ++t) {
       if (tables_[kGrads].data[t] == nullptr || tables_[kList0].data[t] != nullptr) continue;
-      if (table[row_[t] * SAMK_COLUMNS + SAMK_MOMENTUM] != 0) missing("momentum_buffer", t);
+      if (with_momentum.at(row_[t])) missing("momentum_buffer", t);
     }
   }
 
@@ -302,7 +370,10 @@ class Plan {
   std::vector<std::int32_t> row_;
   std::vector<std::uint8_t> fresh_;
   Table tables_[kSlots];
+  std::shared_ptr<Library> library_;
   samk_plan* plan_ = nullptr;
+  void* workspace_ = nullptr;
+  samk_queue queue_{};
 };
 
 // The instruction sets samk_set_cpu_isa accepts on this machine, plainest first.
@@ -323,17 +394,24 @@ PYBIND11_MODULE(_native, m) {
   m.attr("abi_version") = SAMK_ABI_VERSION;
 
   // Tables of addresses belong to one pass at a time: a plan serves one thread at a time.
+  py::class_<Library, std::shared_ptr<Library>>(m, "Library", py::module_local())
+      .def(py::init<>())
+      .def(py::init(&open_library))
+      .def("check_device", [](const Library& self, int device) { self.check(self.check_device(device)); })
+      .def("build_info", [](const Library& self) { return std::string(self.build_info()); });
+
   py::class_<Plan>(m, "Plan", py::module_local())
-      .def(py::init([](const py::list& numel, const py::list& row) {
+      .def(py::init([](const py::list& numel, const py::list& row, std::shared_ptr<Library> library) {
         std::vector<std::int64_t> sizes;
         std::vector<std::int32_t> rows;
         for (py::handle n : numel) sizes.push_back(n.cast<std::int64_t>());
         for (py::handle r : row) rows.push_back(r.cast<std::int32_t>());
-        return new Plan(std::move(sizes), std::move(rows));
+        return new Plan(std::move(sizes), std::move(rows), std::move(library));
       }))
       .def("point", &Plan::point, py::arg("slot"), py::arg("name"), py::arg("tensors"), py::arg("dtype"),
            py::arg("must_be") = py::none(), py::arg("hold") = false)
-      .def("is_adaptive", &Plan::is_adaptive)
+      .def("workspace_bytes", &Plan::workspace_bytes)
+      .def("place", &Plan::place)
       .def("sq_norm", &Plan::sq_norm)
       .def("perturb", &Plan::perturb)
       .def("restore", &Plan::restore)

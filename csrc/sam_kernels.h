@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define SAMK_ABI_VERSION 1
+#define SAMK_ABI_VERSION 2
 
 enum samk_dtype { SAMK_F32 = 0, SAMK_F64 = 1, SAMK_BF16 = 2, SAMK_F16 = 3 };
 
@@ -71,15 +71,25 @@ enum samk_shape {
 
 enum samk_rule { SAMK_SGD = 0, SAMK_ADAM = 1 };
 
+// Where a pass runs. The CPU library ignores both.
+typedef struct samk_queue {
+  void* stream;    // cudaStream_t
+  int32_t device;  // ordinal of the tensors' device
+} samk_queue;
+
 // The chunk plan of one layout (numel of every tensor), made once. note: [chunk order]
 // Chunks are fixed by the sizes alone, never by the number of threads, so every sum has one order.
 typedef struct samk_plan samk_plan;
 SAMK_API samk_plan* samk_plan_create(const int64_t* numel, int64_t count);
 SAMK_API void samk_plan_destroy(samk_plan* plan);
 
+// Bytes of device memory that passes with a `workspace` need; 0 for the CPU library. The caller clears it
+// once and hands in the same memory for as long as it uses the plan; one pass at a time may use it.
+SAMK_API int64_t samk_plan_workspace_bytes(const samk_plan* plan);
+
 // out[0] = sum (or max) over tensors with data and a row that is not SAMK_FIXED of moment(T * g).
 // params may be absent unless a row is SAMK_ADAPTIVE. A NaN or infinity in any gradient makes
-// out[0] non-finite, whatever the moment.
+// out[0] non-finite, whatever the moment. out[0] is then taken to the power 1/root.
 typedef struct samk_sq_norm_args {
   samk_list grads, params;
   const int32_t* row;
@@ -87,9 +97,11 @@ typedef struct samk_sq_norm_args {
   int32_t moment;      // enum samk_moment
   double q;            // SAMK_POWER
   const double* peak;  // SAMK_POWER: device scalar
+  double root;         // 0 and 1 leave the sum as it is, 2 gives the Euclidean norm
   double* out;         // [1]
-  double* per_tensor;  // NULL, or [count]: the same per tensor (0 for those without a part)
-  void* stream;
+  double* per_tensor;  // NULL, or [count]: the sum per tensor, without the root (0 for those without a part)
+  void* workspace;
+  samk_queue queue;
 } samk_sq_norm_args;
 SAMK_API int samk_sq_norm(const samk_plan*, const samk_sq_norm_args*);
 
@@ -98,8 +110,11 @@ SAMK_API int samk_sq_norm(const samk_plan*, const samk_sq_norm_args*);
 // taken as 0. A tensor without a snapshot is not perturbed. If *norm is not finite the weights keep their
 // bits (a branch, never a multiplication by zero) and the snapshot is still written. Tensors without gradient
 // data, or with a SAMK_FIXED row, are left alone altogether.
+//
+// Where a tensor has a master, that fp32 weight is the truth and w its rounded copy: w = round(master + ...),
+// and no snapshot is written or needed.
 typedef struct samk_perturb_args {
-  samk_list params, grads, snapshots;
+  samk_list params, grads, snapshots, masters;
   const int32_t* row;
   const double* table;
   int32_t shape;  // enum samk_shape
@@ -107,14 +122,14 @@ typedef struct samk_perturb_args {
   const double* peak;
   const double* norm;          // device scalar
   const double* tensor_scale;  // NULL, or [count]
-  void* stream;
+  samk_queue queue;
 } samk_perturb_args;
 SAMK_API int samk_perturb(const samk_plan*, const samk_perturb_args*);
 
 // w = snapshot, where there is one.
 typedef struct samk_restore_args {
   samk_list params, snapshots;
-  void* stream;
+  samk_queue queue;
 } samk_restore_args;
 SAMK_API int samk_restore(const samk_plan*, const samk_restore_args*);
 
@@ -124,7 +139,8 @@ typedef struct samk_grad_stats_args {
   samk_list list[3];
   int32_t lists;
   double* out;  // [lists * (lists + 1) / 2]
-  void* stream;
+  void* workspace;
+  samk_queue queue;
 } samk_grad_stats_args;
 SAMK_API int samk_grad_stats(const samk_plan*, const samk_grad_stats_args*);
 
@@ -136,17 +152,17 @@ typedef struct samk_combine_args {
   samk_list out[2];
   int32_t outs;
   const double* coefficients;  // device, [outs * lists]
-  void* stream;
+  samk_queue queue;
 } samk_combine_args;
 SAMK_API int samk_combine(const samk_plan*, const samk_combine_args*);
 
 // The base optimizer's update, reading the snapshot in place of w where there is one and writing w
 // once. A tensor with a snapshot and no gradient is restored; one with neither is left alone.
 // If *guard is not finite, or *found_inf is not 0: w = snapshot and nothing else moves, step counters
-// included.
+// included. Where a tensor has a master, that is what is read and updated, and w its rounded copy.
 typedef struct samk_descend_args {
-  samk_list params, grads, snapshots;
-  samk_list state[3];    // SGD: momentum_buffer. Adam: exp_avg, exp_avg_sq.
+  samk_list params, grads, snapshots, masters;
+  samk_list state[2];    // SGD: momentum_buffer. Adam: exp_avg, exp_avg_sq.
   float* const* step;    // Adam: torch's 0-d float32 step counters, advanced here; NULL for SGD
   const uint8_t* fresh;  // SGD: 1 where momentum_buffer[t] was just created and takes the gradient
   const int32_t* row;
@@ -155,11 +171,18 @@ typedef struct samk_descend_args {
   const double* guard;     // NULL, or device scalar
   const float* found_inf;  // NULL, or device scalar
   const float* inv_scale;  // NULL, or device scalar multiplied into every gradient
-  void* stream;
+  void* workspace;
+  samk_queue queue;
 } samk_descend_args;
 SAMK_API int samk_descend(const samk_plan*, const samk_descend_args*);
 
 SAMK_API const char* samk_last_error(void);
+SAMK_API int samk_abi_version(void);  // SAMK_ABI_VERSION of the library, to be compared with the caller's
+
+// CUDA library only: 0 if that device can run the passes, or non-zero with the reason; and what the library
+// was built with.
+SAMK_API int samk_check_device(int32_t device);
+SAMK_API const char* samk_build_info(void);
 
 // CPU library only: torch's own thread pool, handed in as the addresses of torch_parallel_for and
 // torch_get_num_threads (stable C symbols of libtorch_cpu). Without them passes run on the caller.

@@ -53,7 +53,6 @@ class ChunkPlan {
   }
 
   int64_t count() const { return static_cast<int64_t>(numel_.size()); }
-  int64_t numel(int64_t t) const { return numel_[t]; }
   int64_t total() const { return total_; }
   const std::vector<Chunk>& chunks() const { return chunks_; }
   const std::vector<Span>& spans() const { return spans_; }

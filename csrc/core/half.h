@@ -1,10 +1,18 @@
 // bf16 and fp16 as bit patterns, and their conversions by integer arithmetic: the same bits on
-// every instruction set, subnormals and NaN included.
+// every instruction set, subnormals and NaN included. GPUs convert in one instruction and differ in
+// the payload of a NaN only.
 #ifndef SAM_KERNELS_CORE_HALF_H_
 #define SAM_KERNELS_CORE_HALF_H_
 
 #include <cstdint>
 #include <cstring>
+
+#include "core/hd.h"
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
 
 namespace samk {
 
@@ -15,38 +23,49 @@ struct f16 {
   uint16_t bits;
 };
 
-inline float bits_to_float(uint32_t bits) {
+SAMK_HD float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-inline uint32_t float_to_bits(float value) {
+SAMK_HD uint32_t float_to_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-inline float to_float(bf16 x) { return bits_to_float(uint32_t{x.bits} << 16); }
+SAMK_HD float to_float(bf16 x) { return bits_to_float(uint32_t{x.bits} << 16); }
 
 // Round to nearest, ties to even; the AVX512-BF16 instruction would flush subnormals.
-inline bf16 to_bf16(float value) {
+SAMK_HD bf16 to_bf16(float value) {
+#if defined(__CUDA_ARCH__)
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+#else
   const uint32_t bits = float_to_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   return {static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
+#endif
 }
 
-inline float to_float(f16 x) {
+SAMK_HD float to_float(f16 x) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(x.bits));
+#else
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude << 13 & 0x7fffffu));
   // Scaling by a power of two is exact and turns subnormals into normals.
   const float scaled = bits_to_float(magnitude << 13) * bits_to_float(0x77800000u);  // 2^112
   return bits_to_float(sign | float_to_bits(scaled));
+#endif
 }
 
-inline f16 to_f16(float value) {
+SAMK_HD f16 to_f16(float value) {
+#if defined(__CUDA_ARCH__)
+  return {__half_as_ushort(__float2half_rn(value))};
+#else
   const uint32_t bits = float_to_bits(value);
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -59,6 +78,7 @@ inline f16 to_f16(float value) {
   }
   const uint32_t rounded = magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u);
   return {static_cast<uint16_t>(sign | rounded >> 13)};
+#endif
 }
 
 }  // namespace samk

@@ -264,11 +264,6 @@ struct Opmath<double> {
   using S = double;
 };
 
-template <class V>
-SAMK_INLINE void spread(V x, typename V::Scalar* out) {
-  store(out, x);
-}
-
 // Lane by lane, for what has no vector instruction.
 template <class V, class F>
 SAMK_INLINE V map(V x, F f) {

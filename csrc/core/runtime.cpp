@@ -4,11 +4,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 
 namespace samk {
 namespace {
-
-thread_local std::string last_error;
 
 std::atomic<samk_parallel_for_fn> parallel_for{nullptr};
 std::atomic<samk_num_threads_fn> num_threads{nullptr};
@@ -42,11 +41,6 @@ void run_tickets(int64_t begin, int64_t end, void* context) {
 
 }  // namespace
 
-int fail(const std::string& sentence) {
-  last_error = sentence;
-  return 1;
-}
-
 void for_each_span(const ChunkPlan& plan, Order order, const std::function<void(const Span&)>& work) {
   const int64_t spans = static_cast<int64_t>(plan.spans().size());
   uint32_t threads = 1;
@@ -69,9 +63,12 @@ bool exceeds_cache(int64_t bytes) {
 
 }  // namespace samk
 
-extern "C" {
+double* samk_plan::cleared_partials(size_t count) const {
+  partials_.assign(count, 0.0);
+  return partials_.data();
+}
 
-const char* samk_last_error(void) { return samk::last_error.c_str(); }
+extern "C" {
 
 void samk_set_thread_pool(samk_parallel_for_fn run, samk_num_threads_fn ask) {
   samk::parallel_for = run;
@@ -79,15 +76,26 @@ void samk_set_thread_pool(samk_parallel_for_fn run, samk_num_threads_fn ask) {
 }
 
 samk_plan* samk_plan_create(const int64_t* numel, int64_t count) {
+  if (count < 0 || count > INT32_MAX) {
+    samk::fail("samk_plan_create: " + std::to_string(count) + " tensors; expected 0 to 2147483647");
+    return nullptr;
+  }
   for (int64_t t = 0; t < count; ++t) {
     if (numel[t] < 0) {
       samk::fail("samk_plan_create: numel[" + std::to_string(t) + "] is negative");
       return nullptr;
     }
   }
-  return new samk_plan(numel, count);
+  try {
+    return new samk_plan(numel, count);
+  } catch (const std::exception& problem) {
+    samk::fail(std::string("samk_plan_create: ") + problem.what());
+    return nullptr;
+  }
 }
 
 void samk_plan_destroy(samk_plan* plan) { delete plan; }
+
+int64_t samk_plan_workspace_bytes(const samk_plan*) { return 0; }
 
 }  // extern "C"

@@ -2,17 +2,19 @@
 #ifndef SAM_KERNELS_MATH_COMBINE_H_
 #define SAM_KERNELS_MATH_COMBINE_H_
 
+#include "core/hd.h"
+
 namespace samk {
 
 template <class S>
 struct Term {
   S coefficient;
   template <class V>
-  V first(V x) const {
+  SAMK_HD V first(V x) const {
     return V(coefficient) * x;
   }
   template <class V>
-  V next(V sum, V x) const {
+  SAMK_HD V next(V sum, V x) const {
     return fma(V(coefficient), x, sum);
   }
 };

@@ -2,7 +2,8 @@
 #ifndef SAM_KERNELS_MATH_METRIC_H_
 #define SAM_KERNELS_MATH_METRIC_H_
 
-#include <cmath>
+#include "core/hd.h"
+#include "math/power.h"
 
 namespace samk {
 
@@ -10,7 +11,7 @@ namespace samk {
 struct Euclidean {
   static constexpr bool kReadsWeight = false;
   template <class V>
-  V weigh(V d, V) const {
+  SAMK_HD V weigh(V d, V) const {
     return d;
   }
 };
@@ -21,7 +22,7 @@ struct Adaptive {
   static constexpr bool kReadsWeight = true;
   S eta;
   template <class V>
-  V weigh(V d, V w) const {
+  SAMK_HD V weigh(V d, V w) const {
     return (abs(w) + V(eta)) * d;
   }
 };
@@ -29,7 +30,7 @@ struct Adaptive {
 // u^2
 struct Square {
   template <class V>
-  V operator()(V u) const {
+  SAMK_HD V operator()(V u) const {
     return u * u;
   }
 };
@@ -39,10 +40,10 @@ template <class S>
 struct Power {
   S peak, q;
   template <class V>
-  V operator()(V u) const {
+  SAMK_HD V operator()(V u) const {
     const S p = peak, e = q;
     if (p == S(0)) return u;  // zero, or NaN where the gradient is
-    return map(abs(u) / V(p), [e](S x) { return std::pow(x, e); });
+    return map(abs(u) / V(p), [e](S x) { return power(x, e); });
   }
 };
 

@@ -16,16 +16,10 @@ struct Site {
   bool streaming;
 };
 
-template <class S>
-Decayed<S> decayed(const double* row, double inv_scale, bool coupled) {
-  const double sign = row[SAMK_MAXIMIZE] != 0 ? -inv_scale : inv_scale;
-  return {static_cast<S>(sign), coupled ? static_cast<S>(row[SAMK_WEIGHT_DECAY]) : S(0)};
-}
-
 template <bool kDecay, class S, class V>
 SAMK_INLINE V gradient(const Decayed<S>& decay, V g, V w) {
   if constexpr (kDecay) return decay(g, w);
-  return V(decay.sign) * g;  // a weight that is not finite must not leak through 0 * w
+  return decay(g);
 }
 
 enum class Buffer { kNone, kOld, kFresh };
@@ -59,31 +53,16 @@ void adam_chunk(const Site<T>& at, T* first, T* second, const Decayed<S>& decay,
   });
 }
 
+// In this namespace, so that no instruction set shares a function of the vector with another.
 template <class S>
-Sgd<S> sgd_scalars(const double* row) {
-  const double momentum = row[SAMK_MOMENTUM];
-  const bool nesterov = row[SAMK_NESTEROV] != 0;
-  return {static_cast<S>(-row[SAMK_LR]), static_cast<S>(momentum), static_cast<S>(1 - row[SAMK_DAMPENING]),
-          nesterov ? static_cast<S>(momentum) : S(1), nesterov ? S(1) : S(0)};
-}
-
-template <class S>
-Adam<S> adam_scalars(const double* row, double step) {
-  const double beta1 = row[SAMK_BETA1], beta2 = row[SAMK_BETA2], lr = row[SAMK_LR];
-  const bool decoupled = row[SAMK_DECOUPLED] != 0;
-  return {static_cast<S>(1 - beta1),
-          static_cast<S>(beta2),
-          static_cast<S>(1 - beta2),
-          static_cast<S>(-lr / (1 - std::pow(beta1, step))),
-          static_cast<S>(std::sqrt(1 - std::pow(beta2, step))),
-          static_cast<S>(row[SAMK_ADAM_EPS]),
-          decoupled ? static_cast<S>(1 - lr * row[SAMK_WEIGHT_DECAY]) : S(1)};
-}
+struct Row {
+  Adam<S> rule;
+};
 
 // The scalars of each tensor, worked out once before the chunks: powers cost more than a tiny tensor.
 template <class S>
-std::vector<Adam<S>>& adam_table(const samk_plan& plan, const samk_descend_args& a) {
-  static thread_local std::vector<Adam<S>> table;
+std::vector<Row<S>>& adam_table(const samk_plan& plan, const samk_descend_args& a) {
+  static thread_local std::vector<Row<S>> table;
   table.resize(plan.chunks.count());
   const double* last_row = nullptr;
   float last_step = -1;
@@ -94,9 +73,9 @@ std::vector<Adam<S>>& adam_table(const samk_plan& plan, const samk_descend_args&
     if (row != last_row || *a.step[t] != last_step) {
       last_row = row;
       last_step = *a.step[t];
-      last = adam_scalars<S>(row, static_cast<double>(last_step) + 1);
+      last = adam<S>(row, static_cast<double>(last_step) + 1);
     }
-    table[t] = last;
+    table[t].rule = last;
   }
   return table;
 }
@@ -105,8 +84,8 @@ template <class T>
 void sgd_tensor(const samk_descend_args& a, const Site<T>& at, const Chunk& chunk, double inv_scale) {
   using S = typename Opmath<T>::S;
   const double* row = a.table + a.row[chunk.tensor] * SAMK_COLUMNS;
-  const auto decay = decayed<S>(row, inv_scale, true);
-  const auto rule = sgd_scalars<S>(row);
+  const auto decay = decayed<S>(row, SAMK_SGD, inv_scale);
+  const auto rule = sgd<S>(row);
   T* buffer = row[SAMK_MOMENTUM] != 0 ? element<T>(a.state[0], chunk.tensor, chunk.begin) : nullptr;
   const bool fresh = a.fresh != nullptr && a.fresh[chunk.tensor] != 0;
   const auto run = [&](auto decays) {
@@ -123,7 +102,7 @@ void adam_tensor(const samk_descend_args& a, const Site<T>& at, const Chunk& chu
                  const Adam<typename Opmath<T>::S>& rule) {
   using S = typename Opmath<T>::S;
   const double* row = a.table + a.row[chunk.tensor] * SAMK_COLUMNS;
-  const auto decay = decayed<S>(row, inv_scale, row[SAMK_DECOUPLED] == 0);
+  const auto decay = decayed<S>(row, SAMK_ADAM, inv_scale);
   T* m = element<T>(a.state[0], chunk.tensor, chunk.begin);
   T* v = element<T>(a.state[1], chunk.tensor, chunk.begin);
   decay.weight_decay != 0 ? adam_chunk<true>(at, m, v, decay, rule)
@@ -133,6 +112,7 @@ void adam_tensor(const samk_descend_args& a, const Site<T>& at, const Chunk& chu
 }  // namespace
 
 int descend(const samk_plan& plan, const samk_descend_args& a) {
+  if (a.masters.data != nullptr) return fail("descend_: the CPU engine does not serve fp32 masters");
   if (check_one_dtype("descend_", a.params.dtype, a.grads, a.snapshots, a.state[0], a.state[1]) != 0)
     return 1;
   if (a.rule != SAMK_SGD && a.rule != SAMK_ADAM) return fail("descend_: rule is neither SGD nor Adam");
@@ -145,7 +125,7 @@ int descend(const samk_plan& plan, const samk_descend_args& a) {
   const int status = with_dtype("descend_", a.params.dtype, [&](auto type) {
     using T = decltype(type);
     using S = typename Opmath<T>::S;
-    const std::vector<Adam<S>>* adam = a.rule == SAMK_ADAM && is_safe ? &adam_table<S>(plan, a) : nullptr;
+    const std::vector<Row<S>>* adam = a.rule == SAMK_ADAM && is_safe ? &adam_table<S>(plan, a) : nullptr;
     for_each_chunk(plan, [&](const Chunk& chunk, int64_t) {
       T* w = element<T>(a.params, chunk.tensor, chunk.begin);
       const T* s = element<T>(a.snapshots, chunk.tensor, chunk.begin);
@@ -162,7 +142,7 @@ int descend(const samk_plan& plan, const samk_descend_args& a) {
       if (adam == nullptr) {
         sgd_tensor(a, at, chunk, inv_scale);
       } else {
-        adam_tensor(a, at, chunk, inv_scale, (*adam)[chunk.tensor]);
+        adam_tensor(a, at, chunk, inv_scale, (*adam)[chunk.tensor].rule);
       }
     });
     return 0;

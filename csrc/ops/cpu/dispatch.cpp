@@ -1,6 +1,7 @@
 // Chooses the instruction set at run time and exports the passes.
 #include <atomic>
 #include <cstring>
+#include <exception>
 #include <string>
 
 #include "core/runtime.h"
@@ -67,28 +68,38 @@ const Passes& passes() {
   return *now;
 }
 
+// No exception leaves the C ABI.
+template <class Pass>
+int guarded(const char* name, Pass pass) {
+  try {
+    return pass();
+  } catch (const std::exception& problem) {
+    return fail(std::string(name) + ": " + problem.what());
+  }
+}
+
 }  // namespace
 }  // namespace samk
 
 extern "C" {
 
 int samk_sq_norm(const samk_plan* plan, const samk_sq_norm_args* args) {
-  return samk::passes().sq_norm(*plan, *args);
+  return samk::guarded("sq_norm", [&] { return samk::passes().sq_norm(*plan, *args); });
 }
 int samk_perturb(const samk_plan* plan, const samk_perturb_args* args) {
-  return samk::passes().perturb(*plan, *args);
+  return samk::guarded("perturb_", [&] { return samk::passes().perturb(*plan, *args); });
 }
 int samk_restore(const samk_plan* plan, const samk_restore_args* args) {
-  return samk::passes().restore(*plan, *args);
+  return samk::guarded("restore_", [&] { return samk::passes().restore(*plan, *args); });
 }
 int samk_grad_stats(const samk_plan* plan, const samk_grad_stats_args* args) {
-  return samk::passes().grad_stats(*plan, *args);
+  return samk::guarded("grad_stats", [&] { return samk::passes().grad_stats(*plan, *args); });
 }
 int samk_combine(const samk_plan* plan, const samk_combine_args* args) {
-  return samk::passes().combine(*plan, *args);
+  return samk::guarded("combine_", [&] { return samk::passes().combine(*plan, *args); });
 }
 int samk_descend(const samk_plan* plan, const samk_descend_args* args) {
-  return samk::passes().descend(*plan, *args);
+  return samk::guarded("descend_", [&] { return samk::passes().descend(*plan, *args); });
 }
 
 const char* samk_cpu_isa(void) { return samk::passes().isa; }

@@ -60,8 +60,7 @@ int grad_stats(const samk_plan& plan, const samk_grad_stats_args& a) {
   }
   const int dots = a.lists * (a.lists + 1) / 2;
   const auto& chunks = plan.chunks.chunks();
-  plan.partials.assign(chunks.size() * dots, 0.0);
-  double* const partials = plan.partials.data();
+  double* const partials = plan.cleared_partials(chunks.size() * dots);
   const int status = with_dtype("grad_stats", a.list[0].dtype, [&](auto type) {
     using T = decltype(type);
     for_each_chunk(plan,

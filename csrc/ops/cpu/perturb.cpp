@@ -25,9 +25,8 @@ void perturb_chunk(T* w, const T* g, T* snapshot, int64_t n, bool streaming, con
 
 template <class T, class Metric>
 void perturb_shaped(const samk_perturb_args& a, T* w, const T* g, T* s, int64_t n, bool streaming,
-                    double scale, const Metric& metric) {
+                    typename Opmath<T>::S c, const Metric& metric) {
   using S = typename Opmath<T>::S;
-  const S c = static_cast<S>(scale);
   switch (a.shape) {
     case SAMK_SIGN:
       return perturb_chunk(w, g, s, n, streaming, Perturb<S, Metric, Sign>{c, metric, {}});
@@ -43,6 +42,7 @@ void perturb_shaped(const samk_perturb_args& a, T* w, const T* g, T* s, int64_t 
 }  // namespace
 
 int perturb(const samk_plan& plan, const samk_perturb_args& a) {
+  if (a.masters.data != nullptr) return fail("perturb_: the CPU engine does not serve fp32 masters");
   if (check_one_dtype("perturb_", a.params.dtype, a.grads, a.snapshots) != 0) return 1;
   const bool is_safe = std::isfinite(*a.norm);
   const bool large = exceeds_cache(plan.chunks.total() * dtype_bytes(a.params.dtype) * 3);
@@ -63,12 +63,8 @@ int perturb(const samk_plan& plan, const samk_perturb_args& a) {
             sweep(chunk.size, [&](int64_t i, auto part) { part.copy(s + i, w + i, streaming); });
             return;
           }
-          double scale = row[SAMK_RHO];
-          if (a.shape != SAMK_SIGN) scale /= *a.norm + row[SAMK_EPS];
-          if (a.tensor_scale != nullptr) scale *= a.tensor_scale[t];
-          // With eps 0 and a zero gradient the quotient is not finite, and 0 * inf would move weights; nor
-          // may a large one overflow in the narrower type.
-          if (!std::isfinite(static_cast<S>(scale))) scale = 0;
+          const double own = a.tensor_scale == nullptr ? 1.0 : a.tensor_scale[t];
+          const S scale = perturb_scale<S>(row, a.shape, *a.norm, own);
           if (row[SAMK_METRIC] == SAMK_ADAPTIVE) {
             const Adaptive<S> metric{static_cast<S>(row[SAMK_ETA])};
             perturb_shaped(a, w, g, s, chunk.size, streaming, scale, metric);

@@ -1,0 +1,147 @@
+#include "engine/cuda.cuh"
+#include "engine/launch.cuh"
+#include "math/metric.h"
+#include "math/perturb.h"
+
+namespace samk {
+namespace {
+
+enum List { kParams, kGrads, kOthers, kTensorScale, kLists };  // others: snapshots, or masters
+
+struct Scalars {
+  const double* table;
+  const double* peak;
+  const double* norm;
+  double q;
+};
+
+using P = Parameters<kLists, Scalars>;
+
+template <int kShape, class S>
+__device__ __forceinline__ auto make_shape(const Scalars& scalars) {
+  if constexpr (kShape == SAMK_SIGN) {
+    return Sign{};
+  } else if constexpr (kShape == SAMK_POWERED) {
+    return Powered<S>{static_cast<S>(*scalars.peak), static_cast<S>(scalars.q - 1)};
+  } else {
+    return Linear{};
+  }
+}
+
+template <class A, class B>
+struct Two {
+  A a;
+  B b;
+};
+
+// snapshot = w; w = math(w, g). The snapshot takes the bits, so that it keeps the payload of a NaN.
+template <int kUnroll, class W, class G, class Math>
+__device__ __forceinline__ void perturb_chunk(W* w, const G* g, W* snapshot, int n, const Math& math) {
+  using V = Lane<typename Stored<W>::S>;
+  constexpr int kWidth = pack_width<W, G>();
+  const auto load = [&](int i, auto access) {
+    constexpr int kPack = decltype(access)::kWidth;
+    return Two<Raw<W, kPack>, Raw<G, kPack>>{access.get(w + i), access.get(g + i)};
+  };
+  sweep<kWidth, kUnroll>(n, are_aligned(w, g, snapshot), load, [&](int i, const auto& x, auto access) {
+    auto moved = x.a;
+#pragma unroll
+    for (int k = 0; k < decltype(access)::kWidth; ++k) {
+      moved.v[k] = narrow<W>(math(V(widen(x.a.v[k]).x), V(widen(x.b.v[k]).x)));
+    }
+    access.put(snapshot + i, x.a);
+    access.put(w + i, moved);
+  });
+}
+
+// w = round(math(master, g)); the master stays.
+template <int kUnroll, class W, class G, class Math>
+__device__ __forceinline__ void perturb_chunk(W* w, const G* g, const float* master, int n,
+                                              const Math& math) {
+  using V = Lane<float>;
+  constexpr int kWidth = pack_width<W, G>();
+  const auto load = [&](int i, auto access) {
+    constexpr int kPack = decltype(access)::kWidth;
+    return Two<Raw<float, kPack>, Raw<G, kPack>>{access.get(master + i), access.get(g + i)};
+  };
+  sweep<kWidth, kUnroll>(n, are_aligned(w, g, master), load, [&](int i, const auto& x, auto access) {
+    Raw<W, decltype(access)::kWidth> moved;
+#pragma unroll
+    for (int k = 0; k < decltype(access)::kWidth; ++k) {
+      moved.v[k] = narrow<W>(math(V(x.a.v[k]), V(widen(x.b.v[k]).x)));
+    }
+    access.put(w + i, moved);
+  });
+}
+
+template <int kShape>
+constexpr int kBlocks = kShape == SAMK_POWERED ? kBlocksPerSmHeavy : kBlocksPerSm;
+
+template <class W, class G, class Other, int kShape>
+__global__ void __launch_bounds__(kThreads, kBlocks<kShape>) perturb_kernel(const __grid_constant__ P p) {
+  constexpr bool kHasMaster = std::is_const<Other>::value;
+  constexpr int kUnroll = kShape == SAMK_POWERED ? 1 : 2;
+  using S = typename Stored<W>::S;
+  const auto& tensors = p.tensors;
+  const double norm = *p.scalars.norm;
+  const bool is_safe = isfinite(norm);
+  for_each_chunk<Order::kBackward>(tensors, [&](const Chunk& chunk) {
+    const double* row = p.scalars.table + tensors.row[chunk.tensor] * SAMK_COLUMNS;
+    W* w = element<W>(tensors, kParams, chunk);
+    const G* g = element<const G>(tensors, kGrads, chunk);
+    Other* other = element<Other>(tensors, kOthers, chunk);
+    if (w == nullptr || g == nullptr || other == nullptr || row[SAMK_METRIC] == SAMK_FIXED) return;
+    if (!is_safe) {
+      if constexpr (!kHasMaster) copy_chunk(other, static_cast<const W*>(w), chunk.size);
+      return;
+    }
+    const double* own = static_cast<const double*>(tensors.data[kTensorScale][chunk.tensor]);
+    const S scale = perturb_scale<S>(row, kShape, norm, own == nullptr ? 1.0 : *own);
+    const auto shape = make_shape<kShape, S>(p.scalars);
+    using Shape = std::remove_const_t<decltype(shape)>;
+    if (row[SAMK_METRIC] == SAMK_ADAPTIVE) {
+      const Adaptive<S> metric{static_cast<S>(row[SAMK_ETA])};
+      perturb_chunk<kUnroll>(w, g, other, chunk.size, Perturb<S, Adaptive<S>, Shape>{scale, metric, shape});
+    } else {
+      perturb_chunk<kUnroll>(w, g, other, chunk.size, Perturb<S, Euclidean, Shape>{scale, {}, shape});
+    }
+  });
+}
+
+}  // namespace
+}  // namespace samk
+
+extern "C" int samk_perturb(const samk_plan* plan, const samk_perturb_args* a) {
+  using namespace samk;
+  const bool has_masters = a->masters.data != nullptr;
+  const Scalars scalars{a->table, a->peak, a->norm, a->q};
+  const Site site{"perturb_", *plan, a->row, nullptr, a->queue.device, a->queue.stream};
+  const auto run = [&](auto kernel, int blocks) {
+    return launch(site, kernel, blocks, scalars, [&](int list, int32_t t) -> void* {
+      if (list == kParams) return at(a->params, t);
+      if (list == kGrads) return at(a->grads, t);
+      if (list == kOthers) return at(has_masters ? a->masters : a->snapshots, t);
+      return a->tensor_scale == nullptr ? nullptr : const_cast<double*>(a->tensor_scale + t);
+    });
+  };
+  const auto shaped = [&](auto w, auto g, auto* other) {
+    using W = decltype(w);
+    using G = decltype(g);
+    using Other = std::remove_pointer_t<decltype(other)>;
+    switch (a->shape) {
+      case SAMK_SIGN:
+        return run(perturb_kernel<W, G, Other, SAMK_SIGN>, kBlocks<SAMK_SIGN>);
+      case SAMK_POWERED:
+        return run(perturb_kernel<W, G, Other, SAMK_POWERED>, kBlocks<SAMK_POWERED>);
+      default:
+        return run(perturb_kernel<W, G, Other, SAMK_LINEAR>, kBlocks<SAMK_LINEAR>);
+    }
+  };
+  if (has_masters) {
+    return with_masters("perturb_", a->params.dtype, a->grads.dtype, a->masters.dtype,
+                        [&](auto w) { return shaped(w, w, static_cast<const float*>(nullptr)); });
+  }
+  if (a->snapshots.dtype != a->params.dtype) return fail("perturb_: weights and snapshots differ in dtype");
+  return with_dtypes("perturb_", a->params.dtype, a->grads.dtype,
+                     [&](auto w, auto g) { return shaped(w, g, static_cast<decltype(w)*>(nullptr)); });
+}

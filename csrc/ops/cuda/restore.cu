@@ -1,0 +1,43 @@
+#include "engine/cuda.cuh"
+#include "engine/launch.cuh"
+
+namespace samk {
+namespace {
+
+enum List { kParams, kSnapshots, kLists };
+
+struct Scalars {};
+
+using P = Parameters<kLists, Scalars>;
+
+// Bits, not numbers: any type of that size.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) restore_kernel(const __grid_constant__ P p) {
+  for_each_chunk<Order::kForward>(p.tensors, [&](const Chunk& chunk) {
+    T* w = element<T>(p.tensors, kParams, chunk);
+    const T* s = element<const T>(p.tensors, kSnapshots, chunk);
+    if (w == nullptr || s == nullptr) return;
+    copy_chunk(w, s, chunk.size);
+  });
+}
+
+}  // namespace
+}  // namespace samk
+
+extern "C" int samk_restore(const samk_plan* plan, const samk_restore_args* a) {
+  using namespace samk;
+  const Site site{"restore_", *plan, nullptr, nullptr, a->queue.device, a->queue.stream};
+  if (a->params.dtype != a->snapshots.dtype) return fail("restore_: weights and snapshots differ in dtype");
+  const auto run = [&](auto kernel) {
+    return launch(site, kernel, kBlocksPerSm, Scalars{},
+                  [&](int list, int32_t t) { return at(list == kParams ? a->params : a->snapshots, t); });
+  };
+  switch (a->params.dtype) {
+    case SAMK_F64:
+      return run(restore_kernel<uint64_t>);
+    case SAMK_F32:
+      return run(restore_kernel<uint32_t>);
+    default:
+      return run(restore_kernel<uint16_t>);
+  }
+}
