@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -31,7 +32,9 @@ def report() -> str:
         ("triton", _version("triton")),
         ("platform", platform.platform()),
         ("cpu", f"{_cpu()}, {os.cpu_count()} logical cores"),
-        ("cuda", _said(_cuda)),
+        ("cuda library", _said(_cuda_library)),
+        ("cuda driver", _said(_cuda_driver)),
+        ("cuda device", _said(_cuda_device)),
         *((f"backend {name}", _said(_backend, name)) for name in backends.names()),
         ("build", _said(_build)),
         *((key, value) for key, value in sorted(os.environ.items()) if key.startswith("SAM_KERNELS_")),
@@ -63,9 +66,36 @@ def _cpu() -> str:
     return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
-def _cuda() -> str:
-    seen = "a device is visible to torch" if torch.cuda.is_available() else "no device is visible to torch"
-    return f"{seen}; this version serves cuda tensors through foreach and reference"
+def _cuda_library() -> str:
+    from .backends import native
+
+    return native.describe_cuda()
+
+
+def _cuda_driver() -> str:
+    """The newest CUDA that the driver runs. It is asked itself, since a torch may know nothing of it."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return "none: this machine has no NVIDIA driver library"
+    found = ctypes.c_int(0)
+    status = driver.cuDriverGetVersion(ctypes.byref(found))
+    if status != 0:
+        return f"not working: cuDriverGetVersion answers {status}"
+    return f"runs CUDA {found.value // 1000}.{found.value % 1000 // 10} and older"
+
+
+def _cuda_device() -> str:
+    """The devices torch would use: passes get their tensors from torch, whatever else the driver sees."""
+    if torch.version.cuda is None:
+        return f"none: torch {torch.__version__} was built without CUDA"
+    if not torch.cuda.is_available():
+        return f"none: torch {torch.__version__} for CUDA {torch.version.cuda} sees no device"
+    found = []
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        found.append(f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})")
+    return ", ".join(found)
 
 
 def _backend(name: str) -> str:

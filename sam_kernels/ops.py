@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, Report, check_wish, resolve
+from .backends.reference import take_root as take_root
 from .tensor_groups import ADAPTIVE, EUCLIDEAN, TensorGroup, is_dense
 
 

@@ -528,8 +528,14 @@ class SAM(Optimizer):
         guards = [None if guard is None else guard.to(group.device) for group, _ in served]
         # The state of all groups is there, and fits, before the first of them moves.
         lists = [
-            state.slots(self.base_optimizer, group, rule, guard=on_device)
-            for (group, _), on_device in zip(served, guards, strict=True)
+            state.slots(
+                self.base_optimizer,
+                group,
+                rule,
+                guard=on_device,
+                counts_on_device=getattr(backend, "counts_on_device", lambda group: False)(group),
+            )
+            for (group, backend), on_device in zip(served, guards, strict=True)
         ]
         for (group, backend), slots, on_device in zip(served, lists, guards, strict=True):
             if slots is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import Backend
+from .ops import Backend, take_root
 from .policies import LayerWise
 from .recipe import Recipe
 from .tensor_groups import TensorGroup
@@ -41,21 +41,17 @@ def measure(served: Served, recipe: Recipe) -> Measure:
     if isinstance(metric, LayerWise):
         return _measure_layers(served, metric, recipe.eps)
     if metric.p == 2:
-        norm = _total([backend.sq_norm(group) for group, backend in served]).sqrt()
-        return Measure(norm, [{} for _ in served])
+        return Measure(_norm(served, [{} for _ in served], root=2.0), [{} for _ in served])
     if math.isinf(metric.p):
         # The sign needs no norm; the pass is made for its finite check, see promise 3 in the tests.
-        norm = _total([backend.sq_norm(group) for group, backend in served]).sqrt()
+        norm = _largest([backend.sq_norm(group, moment="peak") for group, backend in served])
         return Measure(norm, [{"shape": "sign"} for _ in served])
     q = metric.dual
     peak = _largest([backend.sq_norm(group, moment="peak") for group, backend in served])
     peaks = [peak.to(group.device) for group, _ in served]
-    sums = [
-        backend.sq_norm(group, moment="power", q=q, peak=on_device)
-        for (group, backend), on_device in zip(served, peaks, strict=True)
-    ]
     # Dividing by the peak keeps the powers in range; eq. 2 of Foret et al. does not change under scaling.
-    norm = _total(sums) ** (1.0 / metric.p)
+    powers = [{"moment": "power", "q": q, "peak": on_device} for on_device in peaks]
+    norm = _norm(served, powers, root=metric.p)
     return Measure(norm, [{"shape": "powered", "q": q, "peak": on_device} for on_device in peaks])
 
 
@@ -109,6 +105,15 @@ def _measure_layers(served: Served, metric: LayerWise, eps: float) -> Measure:
             for (group, _), weight_sq, grad_sq in zip(served, weight_sqs, grad_sqs, strict=True)
         ],
     )
+
+
+def _norm(served: Served, arguments: list[dict[str, Any]], root: float) -> Tensor:
+    """The root of the sums over all groups; where there is one group, its pass takes the root too."""
+    if len(served) == 1:
+        group, backend = served[0]
+        return backend.sq_norm(group, root=root, **arguments[0])
+    sums = [backend.sq_norm(group, **own) for (group, backend), own in zip(served, arguments, strict=True)]
+    return take_root(_total(sums), root)
 
 
 def _total(sums: list[Tensor]) -> Tensor:

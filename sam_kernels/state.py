@@ -30,7 +30,10 @@ def fused_rule(base: Optimizer) -> tuple[str | None, str]:
     else:
         return None, f"{name} has no fused update"
     for flag in _UNFUSED_FLAGS:
-        if any(group.get(flag, False) for group in base.param_groups):
+        flagged = [group for group in base.param_groups if group.get(flag, False)]
+        if flag == "capturable":  # on a GPU every fused update can be captured
+            flagged = [group for group in flagged if not all(p.is_cuda for p in group["params"])]
+        if flagged:
             return None, f"{name}({flag}=True) has no fused update"
     step = base.__dict__.get("step")
     if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
@@ -67,7 +70,11 @@ def scalars(rule: str | None, group: dict[str, Any]) -> tuple[float, ...]:
 
 
 def slots(
-    base: Optimizer, group: TensorGroup, rule: str, guard: Tensor | None = None
+    base: Optimizer,
+    group: TensorGroup,
+    rule: str,
+    guard: Tensor | None = None,
+    counts_on_device: bool = False,
 ) -> dict[str, list[Any]] | None:
     """The base optimizer's state tensors parallel to ``group.params``, created as torch would.
 
@@ -77,6 +84,8 @@ def slots(
 
     Args:
         guard: the norm; where it is not finite the step is skipped and must create no state.
+        counts_on_device: Adam's step counters must live beside the weights. Otherwise they do where torch
+            would put them there (fused or capturable), and on the host where it would not.
 
     Returns:
         The lists by name, or None when state would have to be created for a step that is skipped.
@@ -85,8 +94,9 @@ def slots(
         ValueError: if state that is there has another shape than its parameter.
     """
     group.cache["created"] = []
-    find = _momentum if rule == "sgd" else _moments
-    return find(base, group, guard)
+    if rule == "sgd":
+        return _momentum(base, group, guard)
+    return _moments(base, group, guard, counts_on_device)
 
 
 def adopt(base: Optimizer, group: TensorGroup, slots: dict[str, list[Any]]) -> None:
@@ -125,7 +135,9 @@ def _momentum(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict
     return {"momentum_buffer": buffers, "fresh": fresh}
 
 
-def _moments(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict[str, list[Any]] | None:
+def _moments(
+    base: Optimizer, group: TensorGroup, guard: Tensor | None, counts_on_device: bool
+) -> dict[str, list[Any]] | None:
     found = _entries(base, group)
     held: dict[str, list[Any]] | None = group.cache.get("moments")
     if held is not None and group.has_all_grads and _hold(found, held):
@@ -135,9 +147,14 @@ def _moments(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict[
         for entry, grad in zip(found, group.grads, strict=True)
     ]
     for entry in entries:
-        if entry and getattr(entry["step"], "dtype", None) != torch.float32:
+        if not entry:
+            continue
+        step = entry["step"]
+        if getattr(step, "dtype", None) != torch.float32:
             # A number in old checkpoints, float64 under that default dtype; float32 counts to 16 million.
-            entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32)
+            step = entry["step"] = torch.tensor(float(step), dtype=torch.float32)
+        if counts_on_device and step.device != group.device:
+            entry["step"] = step.to(group.device)
     moments = {name: [entry.get(name) for entry in entries] for name in ("exp_avg", "exp_avg_sq", "step")}
     _fit(base, group, "exp_avg", moments["exp_avg"])
     _fit(base, group, "exp_avg_sq", moments["exp_avg_sq"])
@@ -145,7 +162,10 @@ def _moments(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict[
     if created and _is_skipped(guard):
         return None
     for t in created:
-        moments["step"][t] = torch.tensor(0.0, dtype=torch.float32)
+        flags = base.param_groups[group.keys[group.row[t]][0]]
+        beside = counts_on_device or flags.get("fused") or flags.get("capturable")
+        device = group.device if beside else torch.device("cpu")
+        moments["step"][t] = torch.zeros((), dtype=torch.float32, device=device)
         for name in ("exp_avg", "exp_avg_sq"):
             moments[name][t] = torch.zeros_like(group.params[t], requires_grad=False)
     group.cache["created"] = created

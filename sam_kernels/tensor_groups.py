@@ -96,7 +96,7 @@ class TensorGroup:
         self._applies_tensor: Tensor | None = None
         self._buffers: list[Tensor | None] = [None] * len(params)
         self.standing_snapshots: list[Tensor | None] | None = None
-        self._written: list[tuple[float, ...]] | None = None
+        self.rows: list[tuple[float, ...]] = []  # what was last written into the table
         self._addresses = list(map(Tensor.data_ptr, params))
         self._layout = list(map(_layout_of, params))
         self._sizes = list(map(Tensor.numel, params))
@@ -139,12 +139,24 @@ class TensorGroup:
     # ---- scalars -------------------------------------------------------------------------------
 
     def write_table(self, rows: list[tuple[float, ...]]) -> None:
-        """Write the rows (one tuple of at most 16 floats each) if any value changed since last time."""
-        if rows == self._written:
+        """Write the rows (one tuple of at most 16 floats each) if any value changed since last time.
+
+        Raises:
+            RuntimeError: if a value changed while a CUDA graph is captured, which would replay the old one.
+        """
+        if rows == self.rows:
             return
-        padded = [[*values, *[0.0] * (COLUMNS - len(values))] for values in rows]
-        self.table.copy_(torch.tensor(padded, dtype=torch.float64))
-        self._written = rows
+        padded = torch.tensor([[*r, *[0.0] * (COLUMNS - len(r))] for r in rows], dtype=torch.float64)
+        if self.device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a hyperparameter changed during the capture of a CUDA graph, and a replay would repeat "
+                    "its old value; take one step with these values before capturing"
+                )
+            # From pinned memory the host need not wait; torch keeps the block until the copy is over.
+            padded = padded.pin_memory()
+        self.table.copy_(padded, non_blocking=True)
+        self.rows = rows
 
     def applies(self) -> Tensor:
         """[count] float64 on the device: 1 where the metric's T differs from 1."""
@@ -152,6 +164,11 @@ class TensorGroup:
             flags = [float(flag) for flag in self._applies]
             self._applies_tensor = torch.tensor(flags, dtype=torch.float64, device=self.device)
         return self._applies_tensor
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the metric of any tensor measures weights, so that the norm reads them too."""
+        return any(metric == ADAPTIVE for _, metric, _ in self.keys)
 
     # ---- gradients -----------------------------------------------------------------------------
 

@@ -36,9 +36,14 @@ class Backend(Protocol):
         moment: Literal["square", "peak", "power"] = "square",
         q: float | None = None,
         peak: Tensor | None = None,
+        root: float = 1.0,
         per_tensor: bool = False,
     ) -> Tensor:
-        """Sum of ``(T g)^2`` (or max of ``|T g|``, or sum of ``(|T g| / peak)^q``); writes nothing else."""
+        """Sum of ``(T g)^2`` (or max of ``|T g|``, or sum of ``(|T g| / peak)^q``), then its root.
+
+        Args:
+            root: 2 turns the sum of squares into the norm; sums by tensor stay sums.
+        """
         ...
 
     def perturb_(
@@ -93,7 +98,7 @@ def names() -> list[str]:
     """Known backends, best first.
 
     Example:
-        >>> names()
+        >>> names()[:3]
         ['native', 'foreach', 'reference']
     """
     return [*_ORDER, *(name for name in _registered if name not in _ORDER)]

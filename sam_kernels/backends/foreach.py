@@ -51,6 +51,7 @@ class Foreach:
         moment: str = "square",
         q: float | None = None,
         peak: Tensor | None = None,
+        root: float = 1.0,
         per_tensor: bool = False,
     ) -> Tensor:
         order = {"square": 2.0, "peak": math.inf, "power": 1.0}[moment]
@@ -78,7 +79,7 @@ class Foreach:
         if moment == "square":
             sums = sums.square()
         if not per_tensor:
-            return sums.max() if moment == "peak" else sums.sum()
+            return reference.take_root(sums.max() if moment == "peak" else sums.sum(), root)
         if len(pieces) > len(indices):
             sums = torch.stack([s.max() if moment == "peak" else s.sum() for s in sums.split(counts)])
         # Stacked rather than scattered: an index list would have to be copied to the device.
@@ -337,11 +338,10 @@ def _members(group: TensorGroup, takes_part: Any) -> list[tuple[Row, list[int]]]
 
 def _host_table(group: TensorGroup) -> list[Row]:
     """The table of scalars as numbers; a group on an accelerator remembers what it wrote there."""
-    written = getattr(group, "_written", None)
-    if written is None or group.device.type == "cpu":
+    if group.device.type == "cpu" or not group.rows:
         return group.table.tolist()
     width = group.table.shape[1]
-    return [[*values, *[0.0] * (width - len(values))] for values in written]
+    return [[*values, *[0.0] * (width - len(values))] for values in group.rows]
 
 
 def _pick(tensors: Sequence[Any], indices: list[int]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Native backend: thin calls to the C++ passes, one plan per tensor group.
+"""Native backend: thin calls to the C++ and CUDA passes, one plan per tensor group.
 
 The module behind it was built without torch and knows only addresses; this file reads them off the
 tensors, hands over torch's thread pool and advances the version counters that a write through an
@@ -22,7 +22,7 @@ from torch.autograd.graph import increment_version
 from ..tensor_groups import EUCLIDEAN, Column, TensorGroup
 
 # SAMK_ABI_VERSION of csrc/sam_kernels.h
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 # enum samk_dtype, samk_moment, samk_shape, samk_rule
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -30,25 +30,49 @@ _MOMENTS = {"square": 0, "peak": 1, "power": 2}
 _SHAPES = {"linear": 0, "sign": 1, "powered": 2}
 _RULES = {"sgd": 0, "adam": 1}
 
+_CUDA_LIBRARY = "libsam_kernels_cuda.so"
+
 _ISA_VARIABLE = "SAM_KERNELS_CPU_ISA"
 
 
 class Native:
-    """See `sam_kernels.backends.Backend` for the contract of each method."""
+    """The passes of libraries with the C interface: the CPU engine in the module, the CUDA library beside it.
 
-    name = "native"
+    See `sam_kernels.backends.Backend` for the contract of each method.
+
+    Args:
+        name: what users call it.
+        libraries: by device type, the library or the sentence why there is none.
+    """
+
+    def __init__(self, name: str, libraries: dict[str, Any]) -> None:
+        self.name = name
+        self._libraries = libraries
 
     def refusal(self, group: TensorGroup) -> str | None:
         if _problem is not None:
             return _problem
-        if group.device.type != "cpu":
-            return f"the native module of this build serves cpu tensors, not {group.device.type} ones"
+        library = self._libraries.get(group.device.type)
+        if library is None:
+            known = " and ".join(self._libraries)
+            return f"the native passes serve {known} tensors, not {group.device.type} ones"
+        if isinstance(library, str):
+            return library
         if group.dtype not in _DTYPES:
             known = ", ".join(str(dtype)[6:] for dtype in _DTYPES)
             return f"the native passes calculate in {known}, not in {str(group.dtype)[6:]}"
         if not group.dense:
             return "a parameter is a view with gaps or overlaps, and the native passes walk whole blocks"
+        if group.device.type != "cpu":
+            try:
+                library.check_device(group.device.index)
+            except RuntimeError as problem:
+                return str(problem)
         return None
+
+    def counts_on_device(self, group: TensorGroup) -> bool:
+        """Whether step counters must live beside the tensors: the host cannot know of a skipped step."""
+        return group.device.type != "cpu"
 
     def sq_norm(
         self,
@@ -58,24 +82,36 @@ class Native:
         moment: str = "square",
         q: float | None = None,
         peak: Tensor | None = None,
+        root: float = 1.0,
         per_tensor: bool = False,
     ) -> Tensor:
-        plan = _plan(group)
-        table, measured = group.table, group.grads
+        plan = self._plan(group)
+        table, measured, reads_weights = group.table, group.grads, group.reads_weights
         if of == "weight":
             # The weights stand in for the gradients, and no metric multiplies them.
-            table = table.clone()
+            table, reads_weights = table.clone(), False
             table[:, Column.METRIC].clamp_(max=EUCLIDEAN)
             measured = [None if g is None else w for w, g in zip(group.params, group.grads, strict=True)]
-        if plan.is_adaptive(table.data_ptr()):
+        if reads_weights:
             plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
         plan.point(_native.GRADS, "grads", measured, _DTYPES[group.dtype])
         group.cache["native grads"] = measured
         # Fresh results each time: the caller may hold an earlier one.
-        total = torch.empty((), dtype=torch.float64)
-        each = torch.empty(len(group.params), dtype=torch.float64) if per_tensor else None
-        peak = _scalars(peak, torch.float64)
-        plan.sq_norm(table.data_ptr(), _MOMENTS[moment], q or 0.0, _at(peak), total.data_ptr(), _at(each))
+        total = torch.empty((), dtype=torch.float64, device=group.device)
+        each = (
+            torch.empty(len(group.params), dtype=torch.float64, device=group.device) if per_tensor else None
+        )
+        peak = _scalars(peak, group, torch.float64)
+        plan.sq_norm(
+            table.data_ptr(),
+            reads_weights,
+            _MOMENTS[moment],
+            q or 0.0,
+            _at(peak),
+            root,
+            total.data_ptr(),
+            _at(each),
+        )
         return total if each is None else each
 
     def perturb_(
@@ -88,30 +124,31 @@ class Native:
         peak: Tensor | None = None,
         tensor_scale: Tensor | None = None,
     ) -> None:
-        plan = _plan(group)
+        plan = self._plan(group)
         plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
         # The norm has just read the addresses of these very gradients.
         if group.cache.pop("native grads", None) is not group.grads:
             plan.point(_native.GRADS, "grads", group.grads, _DTYPES[group.dtype])
         present = _point_snapshots(plan, group)
-        scalars = [_scalars(x, torch.float64) for x in (peak, norm, tensor_scale)]
+        scalars = [_scalars(x, group, torch.float64) for x in (peak, norm, tensor_scale)]
         plan.perturb(group.table.data_ptr(), _SHAPES[shape], q or 0.0, *map(_at, scalars))
         _count_write(group.params, group.snapshots, present)
         if group.snapshots is not group.standing_snapshots:  # those are the group's own: no graph holds them
             _count_write(group.snapshots, group.snapshots, present)
 
     def restore_(self, group: TensorGroup) -> None:
-        plan = _plan(group)
+        plan = self._plan(group)
         plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
         present = _point_snapshots(plan, group)
         plan.restore()
         _count_write(group.params, group.snapshots, present)
 
     def grad_stats(self, group: TensorGroup, lists: list[list[Tensor | None]]) -> Tensor:
-        plan = _plan(group)
+        plan = self._plan(group)
         for i, tensors in enumerate(lists):
             _point_foreign(plan, group, _native.LISTS + i, f"lists[{i}]", tensors)
-        dots = torch.empty(len(lists) * (len(lists) + 1) // 2, dtype=torch.float64)
+        count = len(lists) * (len(lists) + 1) // 2
+        dots = torch.empty(count, dtype=torch.float64, device=group.device)
         plan.grad_stats(len(lists), dots.data_ptr())
         return dots
 
@@ -122,14 +159,14 @@ class Native:
         lists: list[list[Tensor | None]],
         coefficients: Tensor,
     ) -> None:
-        plan = _plan(group)
+        plan = self._plan(group)
         for i, tensors in enumerate(lists):
             _point_foreign(plan, group, _native.LISTS + i, f"lists[{i}]", tensors)
         present = [
             _point_foreign(plan, group, _native.OUTS + i, f"outs[{i}]", tensors)
             for i, tensors in enumerate(outs)
         ]
-        weights = _scalars(coefficients, torch.float64)
+        weights = _scalars(coefficients, group, torch.float64)
         plan.combine(len(lists), len(outs), _at(weights))
         for out, count in zip(outs, present, strict=True):
             _count_write(out, out, count)
@@ -144,7 +181,7 @@ class Native:
         found_inf: Tensor | None = None,
         inv_scale: Tensor | None = None,
     ) -> None:
-        plan = _plan(group)
+        plan = self._plan(group)
         code = _DTYPES[group.dtype]
         plan.point(_native.PARAMS, "params", group.params, code)
         moving = plan.point(_native.GRADS, "grads", group.grads, code)
@@ -156,14 +193,14 @@ class Native:
         if rule == "adam":
             counters, float32 = slots["step"], torch.float32
             state["step"] = plan.point(_native.STEPS, "step", counters, _DTYPES[float32], float32, hold=True)
-        guard, inv_scale = _scalars(guard, torch.float64), _scalars(inv_scale, torch.float32)
-        if found_inf is not None:
-            # A scaler adds the flags of its devices: two make 2, and the passes know 0 and 1.
-            found_inf = _scalars(found_inf != 0, torch.float32)
+        guard = _scalars(guard, group, torch.float64)
+        inv_scale = _scalars(inv_scale, group, torch.float32)
+        found_inf = _scalars(found_inf, group, torch.float32)
         plan.descend(
             group.table.data_ptr(),
             _RULES[rule],
             slots.get("fresh", []),
+            [len(row) > Column.MOMENTUM and row[Column.MOMENTUM] != 0 for row in group.rows],
             _at(guard),
             _at(found_inf),
             _at(inv_scale),
@@ -178,6 +215,21 @@ class Native:
             increment_version([x for x, m in zip(tensors, moved, strict=True) if m and x is not None])
         touched = [m or s is not None for m, s in zip(moved, group.snapshots, strict=True)]
         increment_version([p for p, t in zip(group.params, touched, strict=True) if t])
+
+    def _plan(self, group: TensorGroup) -> Any:
+        """The plan of the group's layout, made once; the group is rebuilt when its layout changes."""
+        plan = group.cache.get("native")
+        if plan is None:
+            library = self._libraries[group.device.type]
+            plan = _native.Plan([p.numel() for p in group.params], group.row, library)
+            group.cache["native"] = plan
+            size = plan.workspace_bytes()
+            if size:
+                group.cache["native workspace"] = torch.zeros(size, dtype=torch.uint8, device=group.device)
+        workspace = group.cache.get("native workspace")
+        if workspace is not None:
+            plan.place(workspace.data_ptr(), *_stream(group.device))
+        return plan
 
 
 def isa() -> str | None:
@@ -240,13 +292,11 @@ def _force_isa(module: ModuleType) -> str | None:
     return None
 
 
-def _plan(group: TensorGroup) -> Any:
-    """The plan of the group's layout, made once; the group is rebuilt when its layout changes."""
-    plan = group.cache.get("native")
-    if plan is None:
-        plan = _native.Plan([p.numel() for p in group.params], group.row)
-        group.cache["native"] = plan
-    return plan
+def _stream(device: torch.device) -> tuple[int, int]:
+    """Torch's current stream on the device, and the device's ordinal."""
+    if device.type != "cuda":
+        return 0, 0
+    return torch.cuda.current_stream(device).cuda_stream, device.index
 
 
 def _point_snapshots(plan: Any, group: TensorGroup) -> int:
@@ -267,9 +317,9 @@ def _point_foreign(plan: Any, group: TensorGroup, slot: int, name: str, tensors:
     return plan.point(slot, name, tensors, _DTYPES[dtype], dtype)
 
 
-def _scalars(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _scalars(values: Tensor | None, group: TensorGroup, dtype: torch.dtype) -> Tensor | None:
     """Device scalars as the passes read them; the caller keeps the result alive while they do."""
-    return None if values is None else values.to("cpu", dtype).contiguous()
+    return None if values is None else values.to(group.device, dtype).contiguous()
 
 
 def _at(values: Tensor | None) -> int:
@@ -287,10 +337,40 @@ def _count_write(tensors: list[Any], marks: list[Any], present: int) -> None:
     increment_version(tensors)
 
 
+def _open_cuda() -> Any:
+    """The CUDA library of this installation, or the sentence why there is none."""
+    path = Path(__file__).parents[1] / _CUDA_LIBRARY
+    if not path.exists():
+        return (
+            "the CUDA library was not built with this installation (python -m sam_kernels.doctor says why); "
+            "reinstall where nvcc is, or use backend='foreach'"
+        )
+    try:
+        return _native.Library(str(path))
+    except RuntimeError as problem:
+        return f"the CUDA library could not be loaded: {problem}"
+
+
+def describe_cuda() -> str:
+    """What the CUDA library is and can do on this machine, or why it is not there; for the doctor."""
+    if _native is None:
+        return str(_problem)
+    library = _libraries["cuda"]
+    if isinstance(library, str):
+        return library
+    try:
+        library.check_device(0)
+    except RuntimeError as problem:
+        return f"built with {library.build_info()}; not used: {problem}"
+    return f"built with {library.build_info()}"
+
+
 _native, _problem = _load()
 _threads = ""
+_libraries: dict[str, Any] = {}
 if _native is not None:
     _threads = _hand_over_threads(_native)
     _problem = _force_isa(_native)
+    _libraries = {"cpu": _native.Library(), "cuda": _open_cuda()}
 
-BACKEND = Native()
+BACKEND = Native("native", _libraries)

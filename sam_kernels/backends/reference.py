@@ -145,6 +145,13 @@ def is_unsafe(guard: Tensor | None, found_inf: Tensor | None) -> bool:
     return found_inf is not None and bool(found_inf != 0)
 
 
+def take_root(total: Tensor, root: float) -> Tensor:
+    """``total ^ (1 / root)``."""
+    if root == 1:
+        return total
+    return total.sqrt() if root == 2 else total ** (1.0 / root)
+
+
 class Reference:
     """See `sam_kernels.backends.Backend` for the contract of each method."""
 
@@ -163,6 +170,7 @@ class Reference:
         moment: str = "square",
         q: float | None = None,
         peak: Tensor | None = None,
+        root: float = 1.0,
         per_tensor: bool = False,
     ) -> Tensor:
         parts = torch.zeros(len(group.params), dtype=torch.float64, device=group.device)
@@ -175,7 +183,7 @@ class Reference:
             parts[t] = each.max() if moment == "peak" else each.sum()
         if per_tensor:
             return parts
-        return parts.max() if moment == "peak" else parts.sum()
+        return take_root(parts.max() if moment == "peak" else parts.sum(), root)
 
     def perturb_(
         self,
