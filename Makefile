@@ -20,7 +20,7 @@ endif
 
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 TOOLS := PATH="$(BIN):$$PATH"
-CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp')
+CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(CSRC)
 
 .DEFAULT_GOAL := help
@@ -59,11 +59,11 @@ bench: $(READY) ## step throughput against reference SAM and other peers; writes
 doctor: $(READY) ## what this installation can do, and why not more
 	@$(PY) -m sam_kernels.doctor
 
-gpu-check: ## measure and test on a GPU (not in this version)
-	@echo "gpu-check needs the CUDA library, which this version does not contain; nothing was checked." >&2; exit 1
+gpu-check: $(READY) ## test and measure on a GPU, all stages or STAGE=2; CUDA_ARCHS=90 builds for that card alone
+	@$(PY) -m bench.gpu
 
 clean: ## remove builds and .venv
-	rm -rf build dist *.egg-info sam_kernels/_native*.so sam_kernels/_build.json $(VENV)
+	rm -rf build dist *.egg-info sam_kernels/_native*.so sam_kernels/libsam_kernels_cuda.so sam_kernels/_build.json $(VENV)
 
 # Configures, builds and runs the C++ tests in one folder; shows the log of a build that failed.
 comma := ,
