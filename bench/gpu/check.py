@@ -1,0 +1,266 @@
+"""One command for a GPU: python -m bench.gpu (make gpu-check)
+
+Six stages, each in a process of its own, so that a kernel that destroys its context costs one stage.
+Every unit is printed and saved when it is done. Ends with 1 if a result is wrong, with 2 if a stage had
+no time for all of its units (--resume takes it up), else with 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import machine
+from ..records import Row
+from ..report import number
+from . import ceilings, correctness, kernels, phase, sweeps, training
+from .device import Gpu, GpuResults, absence, describe, rate, slug
+from .predictions import EXPECTATIONS, ceiling, kind_of
+from .session import Session, Unfinished, Unit
+
+# Of ten minutes that one call may take; what a subprocess needs to start and end comes on top.
+_STAGE_SECONDS = 440
+_LEAST_SECONDS = 15
+
+WRONG, NOT_FINISHED = 1, 2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A module with `units(session)`.
+
+    Attributes:
+        is_figure: whether it yields figures, which need a passed correctness stage.
+    """
+
+    number: int
+    title: str
+    module: ModuleType
+    is_figure: bool = True
+
+    def units(self, session: Session) -> Iterator[Unit]:
+        found: Iterator[Unit] = self.module.units(session)
+        return found
+
+
+STAGES = (
+    Stage(1, "ceilings", ceilings, is_figure=False),
+    Stage(2, "correctness", correctness, is_figure=False),
+    Stage(3, "kernels", kernels),
+    Stage(4, "optimizer phase", phase),
+    Stage(5, "whole training step", training),
+    Stage(6, "sweeps", sweeps),
+)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    chosen = os.environ.get("STAGE", "").replace(",", " ").split()
+    parser.add_argument(
+        "--stage",
+        nargs="+",
+        type=int,
+        choices=[stage.number for stage in STAGES],
+        default=[int(word) for word in chosen] or [stage.number for stage in STAGES],
+        help="default: $STAGE, or all",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        default=bool(os.environ.get("RESUME")),
+        help="skip units these sources have passed here (also RESUME=1)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a first look at small shapes; saved apart, and no figures"
+    )
+    parser.add_argument("--seconds", type=float, default=_STAGE_SECONDS, help="for each stage")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results/<gpu>)")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    console = Console(width=None if Console().is_terminal else 180, highlight=False, soft_wrap=True)
+    stages = [stage for stage in STAGES if stage.number in options.stage]
+    reason = absence()
+    if reason is not None:
+        for stage in stages:
+            console.print(
+                f"stage {stage.number}, {stage.title}: {reason}, nothing was measured", markup=False
+            )
+        return 0
+    torch._logging.set_logs(all=logging.ERROR)  # type: ignore[attr-defined]
+    if len(stages) > 1 and not options.child:
+        found = [_in_a_process(stage, options, console) for stage in stages]
+    else:
+        found = [run_stage(stage, _session(options, console), options.resume) for stage in stages]
+    status = reduce(_worse, found, 0)
+    if not options.child:
+        _print_table(_session(options, console), console)
+    return status
+
+
+def _session(options: argparse.Namespace, console: Console) -> Session:
+    gpu = Gpu()
+    folder = options.out or machine.RESULTS / slug(gpu.name)
+    about = describe(gpu) | {"effort": "quick" if options.quick else "full"}
+    results = GpuResults(folder / ("gpu-quick.jsonl" if options.quick else "gpu.jsonl"), about)
+    return Session(
+        gpu,
+        results,
+        lambda text: console.print(text, markup=False),
+        cap=4096 if options.quick else None,
+        ends=time.monotonic() + options.seconds,
+    )
+
+
+def _in_a_process(stage: Stage, options: argparse.Namespace, console: Console) -> int:
+    """A stage by itself; its own clock ends it, and a hang is ended a little later."""
+    command = [sys.executable, "-m", "bench.gpu", "--child", "--stage", str(stage.number)]
+    command += ["--seconds", str(options.seconds)]
+    command += [flag for flag in ("--resume", "--quick") if getattr(options, flag[2:])]
+    command += ["--out", str(options.out)] if options.out else []
+    try:
+        status = subprocess.run(command, cwd=machine.ROOT, timeout=options.seconds + 120).returncode
+    except subprocess.TimeoutExpired:
+        console.print(f"stage {stage.number} hangs and was ended; --resume takes up what it had not saved")
+        return NOT_FINISHED
+    # A process that died of a signal has a negative status.
+    return status if status in (0, WRONG, NOT_FINISHED) else WRONG
+
+
+def run_stage(stage: Stage, session: Session, resume: bool) -> int:
+    """All units of a stage, each saved as soon as it is measured."""
+    session.log(f"\nstage {stage.number}, {stage.title}")
+    session.log("  " + "  ".join(f"{key} {value}" for key, value in session.results.machine.items()))
+    if stage.is_figure:
+        missing = correctness.missing(session, session.results, only_direct=True)
+        if missing:
+            session.log(f"  not begun: no figure without a passed stage 2, which lacks {', '.join(missing)}")
+            return WRONG
+    status = 0
+    for unit in stage.units(session):
+        if resume and session.results.has(unit.name):
+            session.log(f"{unit.name}: done by an earlier run")
+            continue
+        found = _run(unit, session)
+        status = _worse(status, found)
+        if found == WRONG and session.gpu.is_lost():
+            session.log("  the CUDA context is lost; the units after this one are left to --resume")
+            return WRONG
+    return status
+
+
+def _worse(a: int, b: int) -> int:
+    """A wrong result outranks an unfinished stage."""
+    return WRONG if WRONG in (a, b) else max(a, b)
+
+
+def _run(unit: Unit, session: Session) -> int:
+    if session.left() < _LEAST_SECONDS:
+        session.log(f"{unit.name}: left to --resume, the stage's time is over")
+        return NOT_FINISHED
+    session.log(unit.name)
+    began = time.monotonic()
+    try:
+        session.gpu.free_bytes()  # what the unit before held goes back
+        rows = unit.measure(session)
+    except Unfinished as reason:
+        session.log(f"  left to --resume: {reason}")
+        return NOT_FINISHED
+    except Exception as error:  # one unit must not cost the others
+        session.log(traceback.format_exc())
+        rows = [{"peer": unit.name, "metric": "wrong", "value": f"raised {type(error).__name__}: {error}"}]
+    session.results.replace(unit.name, rows)
+    for line in lines_of(rows, session.results):
+        session.log(f"  {line}")
+    session.log(f"  {time.monotonic() - began:.1f} s")
+    return WRONG if any(is_fault(unit.name, row) for row in rows) else 0
+
+
+def is_fault(unit: str, row: Row) -> bool:
+    """Whether a row says that we are wrong; a peer that is wrong is only left out."""
+    if row["metric"] != "wrong":
+        return False
+    return unit.split("/")[0] != "phase" or row["peer"].startswith(("ours", unit))
+
+
+def lines_of(rows: list[Row], results: GpuResults) -> Iterator[str]:
+    """Measured rows with their spread, and with their share of a ceiling where they count bytes."""
+    for row in rows:
+        if "p50" not in row:
+            continue
+        line = f"{row['peer']:<24} {row['metric']:<20} {number(row['p50']):>9}"
+        line += f"  {number(row['p20'])} .. {number(row['p80'])}"
+        if "bytes" in row:
+            kind = kind_of(row["peer"])
+            giga, most = rate(row) or 0.0, ceiling(results, kind)
+            line += f"  {giga:,.0f} GB/s" + (f", {giga / most:.2f} of {kind}" if most else "")
+        yield line
+    passed = sum(row["metric"] == "passed" for row in rows)
+    if passed:
+        yield f"{passed} of {sum(row['metric'] in ('passed', 'wrong') for row in rows)} comparisons passed"
+
+
+def goals_table(results: GpuResults, withheld: str | None = None) -> Table:
+    """Prediction, goal and measurement; without any measurement if it may not be quoted."""
+    table = Table(title="Predictions and goals", title_justify="left", header_style="", title_style="bold")
+    columns = ("what", "predicted", "goal", "measured", "p20 .. p80", "met", "against")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index in (0, 6) else "right")
+    for item in EXPECTATIONS:
+        outcome = item.measure(results)
+        met = item.is_met(outcome) if item.target and withheld is None else None
+        at_least = ">=" if item.sign > 0 else "<="
+        shown = "" if outcome.value is None else f"{outcome.value:.3g}{item.unit}"
+        table.add_row(
+            item.text,
+            item.prediction,
+            f"{at_least} {item.target:g}{item.unit}" if item.target else "",
+            "not measured" if not shown else "withheld" if withheld else shown,
+            f"{outcome.p20:.3g} .. {outcome.p80:.3g}" if outcome.p80 and withheld is None else "",
+            "" if met is None else "yes" if met else "NO",
+            outcome.against,
+        )
+    table.caption, table.caption_justify, table.caption_style = withheld, "left", "yellow"
+    return table
+
+
+def withheld_because(missing: list[str], is_quick: bool) -> str | None:
+    """Why no figure may be shown, or None."""
+    if is_quick:
+        return "A quick run checks and does not measure."
+    if missing:
+        return f"No figure without a passed correctness stage; it lacks {', '.join(missing)}."
+    return None
+
+
+def _print_table(session: Session, console: Console) -> None:
+    results = session.results
+    missing = correctness.missing(session, results, only_direct=False)
+    withheld = withheld_because(missing, session.cap is not None)
+    console.print(goals_table(results.current(), withheld))
+    text = results.path.with_suffix(".txt")
+    if not results.rows:
+        return
+    with text.open("w") as file:
+        plain = Console(file=file, width=180, color_system=None, highlight=False)
+        for key, value in results.machine.items():
+            plain.print(f"{key:>18}  {value}", markup=False)
+        plain.print(goals_table(results.current(), withheld))
+    console.print(f"{results.path}\n{text}", markup=False)

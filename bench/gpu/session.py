@@ -1,0 +1,69 @@
+"""What every stage is given, and what a unit of work is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..records import Row, single
+from ..timing import Effort
+from .device import Gpu, GpuResults
+
+Log = Callable[[str], None]
+
+
+@dataclass
+class Session:
+    """A run of some stages.
+
+    Attributes:
+        cap: cut every tensor to this many elements: a first look, whose figures mean nothing.
+        ends: when the stage has to be over, in seconds of time.monotonic.
+    """
+
+    gpu: Gpu
+    results: GpuResults
+    log: Log
+    cap: int | None = None
+    ends: float = field(default_factory=lambda: time.monotonic() + 450)
+
+    def left(self) -> float:
+        """Seconds this stage still has."""
+        return self.ends - time.monotonic()
+
+    def effort(self, seconds: float) -> Effort:
+        return Effort(3, 9, 100, seconds) if self.cap is None else Effort(1, 3, 3, 0.0)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is measured together and saved together; a former run's unit need not be repeated."""
+
+    name: str
+    measure: Callable[[Session], list[Row]]
+
+
+class Unfinished(Exception):
+    """The stage has no time left for this unit; it belongs to the next run."""
+
+
+def verdict(session: Session, what: str, problems: list[str]) -> Row:
+    """One row: "passed", or "wrong" with the first few sentences."""
+    if not problems:
+        return single(what, "passed", True)
+    session.log(f"  WRONG    {what}: {problems[0]}")
+    return single(what, "wrong", "; ".join(problems[:5]))
+
+
+def skipped(session: Session, what: str, reason: str) -> Row:
+    session.log(f"  skipped  {what}: {reason}")
+    return single(what, "skipped", reason)
+
+
+def guarded(run: Callable[[], list[str]]) -> list[str]:
+    """The problems a comparison found; raising is one too."""
+    try:
+        return run()
+    except Exception as error:
+        return [f"raised {type(error).__name__}: {error}"]
