@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 
+import emulated
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.nn import Parameter
 from sam_kernels import SAM
 
 LONG = 65537
-BACKENDS = ("reference", "foreach", "native")
+BACKENDS = ("reference", "foreach", "native", emulated.BACKEND.name)
 
 
 @functools.cache

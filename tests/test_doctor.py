@@ -64,6 +64,58 @@ def test_the_refusal_of_a_backend_is_the_reason(monkeypatch):
     assert lines()["backend foreach"] == "not available: it is on strike"
 
 
+def test_the_cuda_library_is_described_by_what_loads_it(monkeypatch):
+    from sam_kernels.backends import native
+
+    monkeypatch.setattr(native, "describe_cuda", lambda: "CUDA 13.0; sm_90", raising=False)
+    assert lines()["cuda library"] == "CUDA 13.0; sm_90"
+
+
+class Driver:
+    """A stand-in for the driver library."""
+
+    def __init__(self, version: int, status: int = 0):
+        self.version, self.status = version, status
+
+    def cuDriverGetVersion(self, found):
+        found._obj.value = self.version
+        return self.status
+
+
+@pytest.mark.parametrize(
+    ("driver", "told"),
+    [
+        (OSError("libcuda.so.1: cannot open shared object file"), "none: this machine has no NVIDIA driver"),
+        (Driver(13000), "runs CUDA 13.0 and older"),
+        (Driver(12080), "runs CUDA 12.8 and older"),
+        (Driver(0, status=803), "not working: cuDriverGetVersion answers 803"),
+    ],
+    ids=["none", "13.0", "12.8", "broken"],
+)
+def test_the_driver_is_asked_for_its_version(monkeypatch, driver, told):
+    def load(name):
+        assert "cuda" in name
+        if isinstance(driver, OSError):
+            raise driver
+        return driver
+
+    monkeypatch.setattr(doctor.ctypes, "CDLL", load)
+    assert doctor._cuda_driver().startswith(told)
+
+
+def test_the_devices_are_told_or_why_there_are_none(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert lines()["cuda device"] == f"none: torch {torch.__version__} was built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert lines()["cuda device"] == f"none: torch {torch.__version__} for CUDA 13.0 sees no device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(9, 0), (10, 0)][i])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ["H200", "B200"][i])
+    assert doctor._cuda_device() == "H200 (sm_90), B200 (sm_100)"
+
+
 @pytest.mark.parametrize("record", [None, '{"summary": "sam_kernels: native CPU yes"}', "not json"])
 def test_the_build_is_told_from_its_record(monkeypatch, tmp_path, record):
     monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))

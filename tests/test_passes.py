@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import emulated
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty", "no_grad")
 HEADER = Path(__file__).parent.parent / "csrc" / "sam_kernels.h"
 
 no_native = pytest.mark.skipif(native._native is None, reason=str(native._problem))
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and nothing to refuse")
 
 
 def on(backend, device="cpu"):
@@ -31,7 +33,8 @@ REFERENCE = pytest.param(on(reference.BACKEND), id="reference")
 FOREACH = pytest.param(on(foreach.BACKEND), id="foreach")
 FOREACH_CUDA = [pytest.param(on(foreach.BACKEND, "cuda"), id="foreach-cuda")] * torch.cuda.is_available()
 NATIVE = pytest.param(on(native.BACKEND), id="native", marks=no_native)
-OTHERS = [FOREACH, *FOREACH_CUDA, NATIVE]
+EMULATED = pytest.param(on(emulated.BACKEND), id="emulated", marks=emulated.needed)
+OTHERS = [FOREACH, *FOREACH_CUDA, NATIVE, EMULATED]
 ALL = [REFERENCE, *OTHERS]
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -289,6 +292,34 @@ def test_sq_norm_of_a_long_constant_tensor_keeps_its_digits(side):
     group.grads[0].fill_(0.1)
     expected = numbers(group.grads[0].double().square().sum())
     np.testing.assert_allclose(numbers(side.backend.sq_norm(group)), expected, rtol=SUM[F32])
+
+
+@pytest.mark.parametrize("side", ALL)
+@pytest.mark.parametrize("root", [1.0, 2.0, 3.0])
+def test_the_root_is_taken_of_the_whole_sum_only(side, root):
+    group = make_group(F32, rows=ROWS[:1], device=side.device, snapshots=False)
+    total = numbers(side.backend.sq_norm(group))
+    np.testing.assert_allclose(
+        numbers(side.backend.sq_norm(group, root=root)), total ** (1 / root), rtol=1e-15
+    )
+    each = numbers(side.backend.sq_norm(group, root=root, per_tensor=True))
+    np.testing.assert_allclose(each.sum(), total, rtol=SUM[F32])
+
+
+@pytest.mark.parametrize("side", [REFERENCE, NATIVE, EMULATED])
+@pytest.mark.parametrize("size", [1e25, 1e-24], ids=str)
+@pytest.mark.parametrize("metric", [EUCLIDEAN, ADAPTIVE])
+def test_squares_may_leave_the_range_of_fp32(side, size, metric):
+    rows = [{Column.METRIC: metric, Column.ETA: 1.0, Column.RHO: 0.1, Column.EPS: 0.0}]
+    group = make_group(F32, [(3,), (16390,), (40,)], rows=rows, device=side.device, snapshots=False)
+    for g in group.grads:
+        g.mul_(size)
+    expected = sum(float((u**2).sum()) for u in oracle_u(group, rows))
+    got = float(side.backend.sq_norm(group))
+    if size > 1:
+        assert got == pytest.approx(expected, rel=SUM[F32])
+    else:  # squares that underflow on the way are smaller than what fp32 keeps of the others
+        assert got == pytest.approx(expected, rel=1e-3) or got == 0.0
 
 
 @pytest.mark.parametrize("side", ALL)
@@ -657,11 +688,11 @@ def test_a_zero_coefficient_never_reads(side):
 @pytest.mark.parametrize("side", ALL)
 def test_combine_into_slots_of_another_dtype(side):
     # A policy may keep its moving average in fp32 beside bf16 weights.
-    if side.backend is native.BACKEND:
+    if isinstance(side.backend, native.Native):
         group = make_group(BF16)
         with pytest.raises(RuntimeError, match="combine.*dtype"):
             lists = [make_lists(group, 1, dtype=d)[0] for d in (F32, BF16)]
-            native.BACKEND.combine_(group, lists[:1], lists, torch.ones(1, 2, dtype=F64))
+            side.backend.combine_(group, lists[:1], lists, torch.ones(1, 2, dtype=F64))
         return
     group = make_group(BF16, device=side.device)
     ema, grads = make_lists(group, 1, dtype=F32)[0], make_lists(group, 1)[0]
@@ -1193,7 +1224,8 @@ def stand_in(**changed):
         (foreach, {"dtype": torch.complex64}, "complex64 has no perturbation"),
         (foreach, {"dtype": torch.float8_e4m3fn}, "do not calculate in torch.float8_e4m3fn"),
         pytest.param(native, {"dtype": torch.float8_e4m3fn}, "not in float8_e4m3fn", marks=no_native),
-        pytest.param(native, {"device": torch.device("cuda", 0)}, "not cuda ones", marks=no_native),
+        pytest.param(native, {"device": torch.device("cuda", 0)}, "CUDA", marks=[no_native, no_gpu]),
+        pytest.param(native, {"device": torch.device("mps", 0)}, "not mps ones", marks=no_native),
         pytest.param(native, {"dense": False}, "view with gaps", marks=no_native),
     ],
 )
@@ -1237,7 +1269,9 @@ def missing_module(name):
 def test_native_of_another_interface_version_is_refused(monkeypatch):
     monkeypatch.setattr(native, "import_module", lambda name: SimpleNamespace(abi_version=99))
     module, sentence = native._load()
-    assert module is None and re.search("version 99 .* speaks version 1; reinstall", sentence)
+    assert module is None and re.search(
+        f"version 99 .* speaks version {native.ABI_VERSION}; reinstall", sentence
+    )
 
 
 def test_native_without_a_thread_pool_says_so(monkeypatch):
@@ -1297,6 +1331,14 @@ class TestNativeChecksBeforeItWrites:
         lists[0][5] = torch.zeros(9)
         with pytest.raises(ValueError, match=r"lists\[0\]\[5\] has 9 elements, expected 1"):
             native.BACKEND.grad_stats(group, lists)
+
+    def test_state_whose_memory_was_exchanged(self):
+        group = make_group(F32, [(4,)], rows=[base_row(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})])
+        slots = make_slots(group, "sgd")
+        native.BACKEND.descend_(group, "sgd", slots)
+        slots["momentum_buffer"][0].data = torch.zeros(3, dtype=F16)
+        with pytest.raises(ValueError, match=r"momentum_buffer\[0\] is torch.float16"):
+            native.BACKEND.descend_(group, "sgd", slots)
 
     @pytest.mark.parametrize("name", ["momentum_buffer", "exp_avg", "exp_avg_sq", "step"])
     def test_state_that_is_missing(self, name):

@@ -1,0 +1,60 @@
+"""The CUDA sources, compiled for the CPU and registered as the backend "emulated".
+
+CMake's target samk_emulated compiles csrc/ops/cuda/*.cu unchanged against csrc/tests/shim, where the threads
+of a block are fibers. It is built here when it is older than its sources, which takes about a minute.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from sam_kernels import backends
+from sam_kernels.backends import native
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "emulated"
+LIBRARY = BUILD / "libsamk_emulated.so"
+
+
+def _tool(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+
+
+def _is_fresh() -> bool:
+    sources = [*ROOT.glob("csrc/**/*.*"), ROOT / "CMakeLists.txt"]
+    return LIBRARY.exists() and LIBRARY.stat().st_mtime > max(path.stat().st_mtime for path in sources)
+
+
+def _build() -> str | None:
+    """Build the library, or return the sentence why it cannot be."""
+    cmake, ninja = _tool("cmake"), _tool("ninja")
+    if cmake is None or ninja is None:
+        return "cmake and ninja are needed to compile the CUDA sources for the CPU"
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        return "a C++ compiler is needed to compile the CUDA sources for the CPU"
+    configure = [cmake, "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    configure += ["-DSAMK_BUILD_PYTHON=OFF"]
+    for command in (configure, [cmake, "--build", str(BUILD), "--target", "samk_emulated"]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        # A source that does not compile is a defect, not a reason to skip.
+        assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return None
+
+
+def _load() -> tuple[native.Native, str | None]:
+    problem = native._problem or (None if _is_fresh() else _build())
+    libraries = {"cpu": native._native.Library(str(LIBRARY))} if problem is None else {"cpu": problem}
+    return native.Native("emulated", libraries), problem
+
+
+BACKEND, PROBLEM = _load()
+if "emulated" not in backends.names():
+    backends.register(BACKEND)
+
+needed = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
