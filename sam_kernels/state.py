@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from .tensor_groups import TensorGroup, has_none
+from .tensor_groups import TensorGroup, has_none, lives_on_device
 
 # Flags under which torch's own step differs from what `descend_` computes.
 _UNFUSED_FLAGS = ("amsgrad", "capturable", "differentiable")
@@ -43,8 +43,11 @@ def fused_rule(base: Optimizer) -> tuple[str | None, str]:
     return rule, ""
 
 
-def scalars(rule: str | None, group: dict[str, Any]) -> tuple[float, ...]:
-    """The base optimizer's columns of the table (LR ... DECOUPLED) from one param group."""
+def scalars(rule: str | None, group: dict[str, Any]) -> tuple[float | Tensor, ...]:
+    """The base optimizer's columns of the table (LR ... DECOUPLED) from one param group.
+
+    Tensors on an accelerator, as schedules under CUDA graphs have them, stay tensors.
+    """
     if rule is None:
         return ()
     shared = (_number(group["lr"]), _number(group["weight_decay"]), float(bool(group["maximize"])))
@@ -220,8 +223,8 @@ def _empty_like(param: Tensor) -> Tensor:
     return torch.empty_like(param, requires_grad=False)
 
 
-def _number(value: Any) -> float:
-    return float(value)
+def _number(value: Any) -> float | Tensor:
+    return value if lives_on_device(value) else float(value)
 
 
 _NOTHING: dict[str, Any] = {}

@@ -48,6 +48,11 @@ _get_dtype = operator.attrgetter("dtype")
 _ALIGN_BYTES = 64
 
 
+def lives_on_device(value: Any) -> bool:
+    """Whether a hyperparameter is a tensor that the host would have to wait for."""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory without gaps or overlaps, in any order."""
     expected = 1
@@ -96,7 +101,8 @@ class TensorGroup:
         self._applies_tensor: Tensor | None = None
         self._buffers: list[Tensor | None] = [None] * len(params)
         self.standing_snapshots: list[Tensor | None] | None = None
-        self.rows: list[tuple[float, ...]] = []  # what was last written into the table
+        self.rows: list[tuple[float, ...]] = []  # the numbers that were last written into the table
+        self.follows_tensors = False  # whether the table holds more than `rows`, from tensors on the device
         self._addresses = list(map(Tensor.data_ptr, params))
         self._layout = list(map(_layout_of, params))
         self._sizes = list(map(Tensor.numel, params))
@@ -138,12 +144,24 @@ class TensorGroup:
 
     # ---- scalars -------------------------------------------------------------------------------
 
-    def write_table(self, rows: list[tuple[float, ...]]) -> None:
-        """Write the rows (one tuple of at most 16 floats each) if any value changed since last time.
+    def write_table(self, rows: list[tuple[float | Tensor, ...]]) -> None:
+        """Write the rows (at most 16 values each) if any number changed since last time.
+
+        Args:
+            rows: 0-d tensors among the numbers are copied on their device in every call, and never read here.
 
         Raises:
-            RuntimeError: if a value changed while a CUDA graph is captured, which would replay the old one.
+            RuntimeError: if a number changed while a CUDA graph is captured, which would replay the old one.
         """
+        tensors = [
+            (r, c, x) for r, row in enumerate(rows) for c, x in enumerate(row) if isinstance(x, Tensor)
+        ]
+        self.follows_tensors = bool(tensors)
+        self._write_numbers([tuple(0.0 if isinstance(x, Tensor) else x for x in row) for row in rows])
+        for r, c, x in tensors:
+            self.table[r, c].copy_(x.detach())
+
+    def _write_numbers(self, rows: list[tuple[float, ...]]) -> None:
         if rows == self.rows:
             return
         padded = torch.tensor([[*r, *[0.0] * (COLUMNS - len(r))] for r in rows], dtype=torch.float64)

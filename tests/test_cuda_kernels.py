@@ -13,6 +13,7 @@ import emulated
 import pytest
 import torch
 
+from sam_kernels import SAM, state
 from sam_kernels.tensor_groups import ADAPTIVE, COLUMNS, EUCLIDEAN, Column
 
 pytestmark = emulated.needed
@@ -303,3 +304,28 @@ def test_scaled_gradients_and_found_inf_keep_every_bit(library):
     plan.run("descend", arguments)
     for x, old, d in zip(w, start, g, strict=True):
         torch.testing.assert_close(x, old - 0.1 * 0.5 * d)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW], ids=lambda kind: kind.__name__)
+def test_a_learning_rate_on_the_device_is_followed_and_not_read(monkeypatch, optimizer):
+    """A CUDA graph replays the copy of the tensor, so a schedule may change it between replays."""
+
+    def run(rate, change):
+        torch.manual_seed(3)
+        weight = torch.nn.Parameter(torch.randn(40))
+        opt = SAM([weight], optimizer, lr=rate, backend="emulated")
+        for step in range(3):
+            change(opt.param_groups[0], 0.1 / (step + 1))
+            weight.grad = torch.randn(40)
+            opt.first_step()
+            weight.grad = torch.randn(40)
+            opt.second_step()
+        return weight.detach(), opt
+
+    expected, _ = run(0.1, lambda group, value: group.update(lr=value))
+    # On this machine every tensor is on the CPU: let those count as the device's.
+    monkeypatch.setattr(state, "lives_on_device", lambda value: isinstance(value, torch.Tensor))
+    got, opt = run(torch.tensor(0.1), lambda group, value: group["lr"].fill_(value))
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+    ((group, _),) = opt._served
+    assert group.follows_tensors and group.rows[0][Column.LR] == 0.0

@@ -338,7 +338,7 @@ def _members(group: TensorGroup, takes_part: Any) -> list[tuple[Row, list[int]]]
 
 def _host_table(group: TensorGroup) -> list[Row]:
     """The table of scalars as numbers; a group on an accelerator remembers what it wrote there."""
-    if group.device.type == "cpu" or not group.rows:
+    if group.device.type == "cpu" or group.follows_tensors or not group.rows:
         return group.table.tolist()
     width = group.table.shape[1]
     return [[*values, *[0.0] * (width - len(values))] for values in group.rows]
