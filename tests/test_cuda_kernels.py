@@ -329,3 +329,24 @@ def test_a_learning_rate_on_the_device_is_followed_and_not_read(monkeypatch, opt
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
     ((group, _),) = opt._served
     assert group.follows_tensors and group.rows[0][Column.LR] == 0.0
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    ("count", "launches"), [(161, 3), (580, 3), (1400, {"SGD": 2 + 2 + 2, "AdamW": 2 + 2 + 3})]
+)
+def test_a_step_is_three_launches(optimizer, count, launches):
+    """Norm, perturb, descend: one launch each for up to 580 tensors, with the root taken in the first."""
+    kernel_launches = ctypes.CDLL(str(emulated.LIBRARY)).samk_shim_launches
+    kernel_launches.restype = ctypes.c_uint64
+    weights = [torch.nn.Parameter(torch.randn(5)) for _ in range(count)]
+    momentum = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+    opt = SAM(weights, optimizer, lr=0.1, backend="emulated", **momentum)
+    for _ in range(2):
+        before = kernel_launches()
+        for step in (opt.first_step, opt.second_step):
+            for weight in weights:
+                weight.grad = torch.randn(5)
+            step()
+        expected = launches if isinstance(launches, int) else launches[optimizer.__name__]
+        assert kernel_launches() - before == expected

@@ -187,6 +187,8 @@ cudaError_t cudaDriverGetVersion(int* version);
 // Shuffles blocks, and the threads between two barriers; 0 is the natural order. The environment variable
 // SAM_KERNELS_SHIM_SEED sets it at the start.
 extern "C" __attribute__((visibility("default"))) void samk_shim_seed(uint64_t seed);
+// How many kernels were launched so far.
+extern "C" __attribute__((visibility("default"))) uint64_t samk_shim_launches();
 
 namespace samk::shim {
 

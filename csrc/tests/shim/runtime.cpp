@@ -1,4 +1,5 @@
 // The host side: checks a launch as CUDA does, and runs its blocks.
+#include <atomic>
 #include <cstring>
 #include <mutex>
 #include <numeric>
@@ -82,9 +83,12 @@ cudaError_t run(const Kernel& kernel, dim3 grid, dim3 block) {
 
 }  // namespace
 
+std::atomic<uint64_t> launches{0};
+
 cudaError_t launch(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
   if (!is_valid(grid, block)) return keep(cudaErrorInvalidConfiguration);
   if (kernel.bytes > kMostBytes || shared_bytes != 0) return keep(cudaErrorInvalidValue);
+  ++launches;
   return keep(run(kernel, grid, block));
 }
 
@@ -94,6 +98,8 @@ void samk_shim_seed(uint64_t seed) {
   const std::lock_guard<std::mutex> guard(one_launch);
   samk::shim::shuffled.seed(seed);
 }
+
+uint64_t samk_shim_launches() { return samk::shim::launches; }
 
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
