@@ -16,7 +16,7 @@ from torch import Tensor
 from ..tensor_groups import TensorGroup
 
 # Best first. The automatic choice takes the first that does not refuse.
-_ORDER = ("native", "foreach", "reference")
+_ORDER = ("native", "triton", "foreach", "reference")
 
 
 class Backend(Protocol):

@@ -1,0 +1,371 @@
+"""Triton backend: the six passes as Triton kernels, for GPUs where nothing was compiled at installation.
+
+Triton is asked for when a tensor group on a GPU is first looked at. Importing this file never fails: `refusal`
+says what is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...tensor_groups import TensorGroup
+from ..handover import count_descent, count_perturbation, count_write, has_momentum, measured, scalars
+from .plan import List, Plan
+
+OLDEST = (3, 6)
+
+# enum samk_moment, samk_shape, samk_rule
+_MOMENTS = {"square": 0, "peak": 1, "power": 2}
+_SHAPES = {"linear": 0, "sign": 1, "powered": 2}
+_RULES = {"sgd": 0, "adam": 1}
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_BITS = {2: "int16", 4: "int32", 8: "int64"}
+
+# Elements of a block: two 16-byte loads for each of 256 threads.
+_BLOCK_BYTES = 8192
+_LAUNCH = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
+_PROGRAMS_PER_PROCESSOR = 4
+# Under the interpreter programs run one after the other; a few show what more than one does.
+_INTERPRETED_PROGRAMS = 3
+
+
+class Triton:
+    """The passes as Triton kernels over tables of addresses.
+
+    See `sam_kernels.backends.Backend` for the contract of each method.
+
+    Args:
+        name: what users call it.
+        device_type: "cuda", which is also what torch calls AMD's GPUs; "cpu" for Triton's interpreter.
+    """
+
+    def __init__(self, name: str = "triton", device_type: str = "cuda") -> None:
+        self.name = name
+        self._device_type = device_type
+
+    def refusal(self, group: TensorGroup) -> str | None:
+        if group.device.type != self._device_type:
+            return f"the Triton passes serve {self._device_type} tensors, not {group.device.type} ones"
+        if group.dtype not in _DTYPES:
+            known = ", ".join(str(dtype)[6:] for dtype in _DTYPES)
+            return f"the Triton passes calculate in {known}, not in {str(group.dtype)[6:]}"
+        if not group.dense:
+            return "a parameter is a view with gaps or overlaps, and the Triton passes walk whole blocks"
+        problem = _load()[1]
+        if problem is not None or self._device_type == "cpu":
+            return problem
+        return _device_problem(group.device.index or 0)
+
+    def counts_on_device(self, group: TensorGroup) -> bool:
+        """Whether step counters must live beside the tensors: the host cannot know of a skipped step."""
+        return group.device.type != "cpu"
+
+    def sq_norm(
+        self,
+        group: TensorGroup,
+        *,
+        of: str = "gradient",
+        moment: str = "square",
+        q: float | None = None,
+        peak: Tensor | None = None,
+        root: float = 1.0,
+        per_tensor: bool = False,
+    ) -> Tensor:
+        plan = _plan(group)
+        table, tensors, reads_weights = measured(group, of)
+        if reads_weights:
+            plan.point(List.PARAMS, "params", group.params, group.dtype)
+        plan.point(List.GRADS, "grads", tensors, group.dtype)
+        # Fresh results each time: the caller may hold an earlier one.
+        total = torch.empty((), dtype=torch.float64, device=group.device)
+        self._launch(
+            "sq_norm",
+            plan,
+            table,
+            plan.chunks,
+            plan.count,
+            scalars(peak, group, torch.float64),
+            plan.partials,
+            plan.counter,
+            total,
+            **_types(group.dtype),
+            MOMENT=_MOMENTS[moment],
+            HAS_ADAPTIVE=reads_weights,
+            Q=q,
+            ROOT=float(root),
+        )
+        if not per_tensor:
+            return total
+        each = torch.empty(plan.count, dtype=torch.float64, device=group.device)
+        with _on(group.device):
+            _load()[0].sum_by_tensor[(plan.count,)](
+                plan.partials, plan.first, each, MOMENT=_MOMENTS[moment], BLOCK=256, **_LAUNCH
+            )
+        return each
+
+    def perturb_(
+        self,
+        group: TensorGroup,
+        norm: Tensor,
+        *,
+        shape: str = "linear",
+        q: float | None = None,
+        peak: Tensor | None = None,
+        tensor_scale: Tensor | None = None,
+    ) -> None:
+        plan = _plan(group)
+        plan.point(List.PARAMS, "params", group.params, group.dtype)
+        plan.point(List.GRADS, "grads", group.grads, group.dtype)
+        present = plan.point(List.SNAPSHOTS, "snapshots", group.snapshots, group.dtype)
+        self._launch(
+            "perturb",
+            plan,
+            group.table,
+            plan.chunks,
+            plan.count,
+            *(scalars(x, group, torch.float64) for x in (norm, peak, tensor_scale)),
+            **_types(group.dtype),
+            SHAPE=_SHAPES[shape],
+            HAS_ADAPTIVE=group.reads_weights,
+            Q=q,
+        )
+        count_perturbation(group, present)
+
+    def restore_(self, group: TensorGroup) -> None:
+        plan = _plan(group)
+        plan.point(List.PARAMS, "params", group.params, group.dtype)
+        present = plan.point(List.SNAPSHOTS, "snapshots", group.snapshots, group.dtype)
+        self._launch("restore", plan, plan.chunks, plan.count, **_bits(group.dtype))
+        count_write(group.params, group.snapshots, present)
+
+    def grad_stats(self, group: TensorGroup, lists: list[list[Tensor | None]]) -> Tensor:
+        plan = _plan(group)
+        dtype = self._point_foreign(plan, group, List.LISTS, "lists", lists)
+        dots = torch.empty(len(lists) * (len(lists) + 1) // 2, dtype=torch.float64, device=group.device)
+        self._launch(
+            "grad_stats",
+            plan,
+            plan.chunks,
+            plan.count,
+            plan.partials,
+            plan.counter,
+            dots,
+            **_types(dtype),
+            COUNT=len(lists),
+        )
+        return dots
+
+    def combine_(
+        self,
+        group: TensorGroup,
+        outs: list[list[Tensor | None]],
+        lists: list[list[Tensor | None]],
+        coefficients: Tensor,
+    ) -> None:
+        plan = _plan(group)
+        dtype = self._point_foreign(plan, group, List.LISTS, "lists", lists)
+        other = self._point_foreign(plan, group, List.OUTS, "outs", outs)
+        if other != dtype:
+            raise ValueError(f"combine_: the lists are {dtype} and the outputs {other}; give them one dtype")
+        self._launch(
+            "combine",
+            plan,
+            plan.chunks,
+            plan.count,
+            scalars(coefficients, group, torch.float64),
+            **_types(dtype),
+            IN=len(lists),
+            OUT=len(outs),
+        )
+        for out in outs:
+            count_write(out, out, sum(x is not None for x in out))
+
+    def descend_(
+        self,
+        group: TensorGroup,
+        rule: str,
+        slots: dict[str, list[Any]],
+        *,
+        guard: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        inv_scale: Tensor | None = None,
+    ) -> None:
+        plan = _plan(group)
+        plan.point(List.PARAMS, "params", group.params, group.dtype)
+        moving = plan.point(List.GRADS, "grads", group.grads, group.dtype)
+        plan.point(List.SNAPSHOTS, "snapshots", group.snapshots, group.dtype)
+        names = ["momentum_buffer"] if rule == "sgd" else ["exp_avg", "exp_avg_sq"]
+        state = {
+            name: plan.point(List.LISTS + i, name, slots[name], group.dtype) for i, name in enumerate(names)
+        }
+        if rule == "adam":
+            ones = [1] * plan.count
+            state["step"] = plan.point(List.STEPS, "step", slots["step"], torch.float32, ones)
+        _require(group, rule, slots, names)
+        fresh = slots.get("fresh") or [False] * plan.count
+        plan.put(List.FRESH, np.array(fresh, dtype=np.int64))
+        self._launch(
+            "descend",
+            plan,
+            group.table,
+            plan.chunks,
+            plan.count,
+            scalars(guard, group, torch.float64),
+            scalars(found_inf, group, torch.float32),
+            scalars(inv_scale, group, torch.float32),
+            plan.counter,
+            **_types(group.dtype),
+            RULE=_RULES[rule],
+            HAS_BUFFERS=rule == "sgd" and state["momentum_buffer"] > 0,
+        )
+        count_descent(group, slots, state, moving)
+
+    def _point_foreign(
+        self, plan: Plan, group: TensorGroup, row: int, name: str, lists: list[list[Tensor | None]]
+    ) -> torch.dtype:
+        """Point at lists that the group did not make; their one dtype."""
+        dtype = next((x.dtype for tensors in lists for x in tensors if x is not None), group.dtype)
+        if dtype not in _DTYPES:
+            raise ValueError(f"{name}[0] is {dtype}; expected one of {', '.join(map(str, _DTYPES))}")
+        for i, tensors in enumerate(lists):
+            plan.point(row + i, f"{name}[{i}]", tensors, dtype)
+        return dtype
+
+    def _launch(self, kernel: str, plan: Plan, *arguments: Any, **constants: Any) -> None:
+        kernels = _load()[0]
+        grid = min(plan.chunks, _programs(plan.device))
+        with _on(plan.device):
+            getattr(kernels, kernel)[(grid,)](
+                plan.layout, plan.addresses(), *arguments, **constants, **_LAUNCH
+            )
+
+
+def describe() -> str:
+    """What Triton is doing on this machine, or why it is not; for the doctor."""
+    problem = _load()[1]
+    if problem is None and torch.cuda.is_available():
+        problem = _device_problem(torch.cuda.current_device())
+    elif problem is None:
+        problem = "torch sees no GPU to compile for"
+    return f"triton {_version()}" + (f"; not used: {problem}" if problem else "")
+
+
+def _plan(group: TensorGroup) -> Plan:
+    """The plan of the group's layout, made once; the group is rebuilt when its layout changes."""
+    plan = group.cache.get("triton")
+    if plan is None:
+        plan = Plan([p.numel() for p in group.params], group.row, group.device)
+        group.cache["triton"] = plan
+    return plan
+
+
+def _types(dtype: torch.dtype) -> dict[str, Any]:
+    """Stored type, calculating type and block size of a dtype, as kernels take them."""
+    import triton.language as tl
+
+    stored = getattr(tl, str(dtype)[6:])
+    calculating = tl.float64 if dtype == torch.float64 else tl.float32
+    return {"T": stored, "S": calculating, "BLOCK": _BLOCK_BYTES // dtype.itemsize}
+
+
+def _bits(dtype: torch.dtype) -> dict[str, Any]:
+    import triton.language as tl
+
+    return {"T": getattr(tl, _BITS[dtype.itemsize]), "BLOCK": _BLOCK_BYTES // dtype.itemsize}
+
+
+def _require(group: TensorGroup, rule: str, slots: dict[str, list[Any]], names: list[str]) -> None:
+    """Refuse a gradient without the state its rule writes: that would be a write to address 0."""
+    with_momentum = has_momentum(group)
+    for name in names:
+        for t, (g, x) in enumerate(zip(group.grads, slots[name], strict=True)):
+            if g is not None and x is None and (rule != "sgd" or with_momentum[group.row[t]]):
+                raise ValueError(f"descend_: tensor {t} has a gradient but no {name}")
+
+
+def _programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
+    return _processors(device.index or 0) * _PROGRAMS_PER_PROCESSOR
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device and its current stream."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+def _version() -> str:
+    try:
+        import triton
+    except Exception:
+        return "none"
+    return str(triton.__version__)
+
+
+@functools.cache
+def _load() -> tuple[Any, str | None]:
+    """The kernels by name, or the sentence why there are none."""
+    try:
+        import triton
+    except ImportError as problem:
+        if problem.name == "triton":
+            return None, (
+                "Triton is not installed; pip install 'triton>=3.6' brings it (Linux, NVIDIA and AMD), or use "
+                "backend='foreach'"
+            )
+        return None, f"Triton could not be imported: {problem}"
+    except Exception as problem:  # whatever a broken installation raises, importing us does not
+        return None, f"Triton could not be imported: {type(problem).__name__}: {problem}"
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found < OLDEST:
+        return None, (
+            f"Triton {triton.__version__} is too old; the passes need {OLDEST[0]}.{OLDEST[1]} or newer, or use "
+            "backend='foreach'"
+        )
+    from .kernels import combine, descend, grad_stats, perturb, restore, sq_norm
+
+    return (
+        SimpleNamespace(
+            sq_norm=sq_norm.sq_norm_kernel,
+            sum_by_tensor=sq_norm.sum_by_tensor_kernel,
+            perturb=perturb.perturb_kernel,
+            restore=restore.restore_kernel,
+            grad_stats=grad_stats.grad_stats_kernel,
+            combine=combine.combine_kernel,
+            descend=descend.descend_kernel,
+        ),
+        None,
+    )
+
+
+@functools.cache
+def _device_problem(index: int) -> str | None:
+    """Why Triton cannot compile for that device, found out by asking its driver, or None."""
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return (
+            "TRITON_INTERPRET is set, and the interpreter runs on the host, where it cannot follow addresses "
+            "of a GPU; unset it"
+        )
+    try:
+        with torch.cuda.device(index):
+            triton.runtime.driver.active.get_current_target()
+    except Exception as problem:  # no C compiler, no Python headers, no driver: each in Triton's own words
+        return f"Triton cannot compile for this device: {type(problem).__name__}: {problem}"
+    return None
+
+
+BACKEND = Triton()

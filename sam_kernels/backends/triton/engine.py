@@ -1,0 +1,152 @@
+"""What every kernel does: chunks over programs, blocks over chunks, sums in a fixed order. Knows no optimizer.
+
+note: [aligned and whole]
+128-bit loads and stores need an address known to be a multiple of 16 and a block without a mask. So every
+kernel has its loop three times: blocks of aligned chunks, blocks of others, and the masked rest of a chunk.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .codes import CHUNK_COLUMNS
+
+
+class Chunk(NamedTuple):
+    """One chunk: `size` elements of tensor `tensor` from `begin` on."""
+
+    tensor: tl.tensor
+    begin: tl.tensor
+    size: tl.tensor
+    number: tl.tensor
+    row: tl.tensor
+
+
+@triton.jit
+def find_chunk(layout, index):
+    record = layout + index * CHUNK_COLUMNS
+    return Chunk(
+        tensor=tl.load(record),
+        begin=tl.load(record + 1),
+        size=tl.load(record + 2).to(tl.int32),
+        number=tl.load(record + 3),
+        row=tl.load(record + 4),
+    )
+
+
+@triton.jit
+def address(addresses, count, list: tl.constexpr, chunk, T: tl.constexpr):
+    """Where the chunk begins in one of the lists, or 0 where its tensor has no part."""
+    start = tl.load(addresses + list * count + chunk.tensor)
+    return tl.where(start == 0, 0, start + chunk.begin * (T.primitive_bitwidth // 8))
+
+
+@triton.jit
+def read(start, i, n, T: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
+    """Elements i to i + BLOCK from an address, or those of them below n."""
+    offset = i + tl.arange(0, BLOCK)
+    pointer = start.to(tl.pointer_type(T))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    if MASKED:
+        return tl.load(pointer + offset, mask=offset < n, other=0)
+    else:
+        return tl.load(pointer + offset)
+
+
+@triton.jit
+def read_if(
+    wanted,
+    start,
+    i,
+    n,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """As `read`; zeros, and no memory touched, unless wanted."""
+    offset = i + tl.arange(0, BLOCK)
+    pointer = start.to(tl.pointer_type(T))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    # One condition for the whole block does not keep loads from being 128 bits wide.
+    mask = tl.full([BLOCK], 1, tl.int1) & wanted
+    if MASKED:
+        mask = mask & (offset < n)
+    return tl.load(pointer + offset, mask=mask, other=0)
+
+
+@triton.jit
+def write(start, i, n, x, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
+    """The counterpart of `read`."""
+    offset = i + tl.arange(0, BLOCK)
+    pointer = start.to(tl.pointer_type(x.dtype))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    if MASKED:
+        tl.store(pointer + offset, x, mask=offset < n)
+    else:
+        tl.store(pointer + offset, x)
+
+
+@triton.jit
+def write_if(
+    wanted, start, i, n, x, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr
+):
+    """The counterpart of `read_if`."""
+    offset = i + tl.arange(0, BLOCK)
+    pointer = start.to(tl.pointer_type(x.dtype))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    mask = tl.full([BLOCK], 1, tl.int1) & wanted
+    if MASKED:
+        mask = mask & (offset < n)
+    tl.store(pointer + offset, x, mask=mask)
+
+
+@triton.jit
+def is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def is_last_program(counter):
+    """Whether this program is the last of its launch to arrive here; it then sees what all others wrote.
+
+    The counter is ready for the next launch.
+    """
+    tl.debug_barrier()  # the stores of all warps come before the one atomic operation
+    is_last = tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    if is_last:
+        tl.store(counter, 0)
+    return is_last
+
+
+@triton.jit
+def larger(a, b):
+    """The larger of two blocks; a NaN on either side stays."""
+    return tl.where(((b > a) | (b != b)) & (a == a), b, a)
+
+
+@triton.jit
+def largest(x):
+    """The largest of a block of numbers that are not negative; NaN where there is one."""
+    is_nan = x != x
+    found = tl.max(tl.where(is_nan, 0.0, x))
+    return tl.where(tl.max(is_nan.to(tl.int32)) > 0, float("nan"), found)
+
+
+@triton.jit
+def copy_chunk(to, source, n, T: tl.constexpr, BLOCK: tl.constexpr):
+    """Bits, not numbers: T is any type of that size."""
+    whole = n // BLOCK * BLOCK
+    if (to | source) % 16 == 0:
+        for i in range(0, whole, BLOCK):
+            write(to, i, n, read(source, i, n, T, BLOCK, True, False), BLOCK, True, False)
+    else:
+        for i in range(0, whole, BLOCK):
+            write(to, i, n, read(source, i, n, T, BLOCK, False, False), BLOCK, False, False)
+    if whole < n:
+        write(to, whole, n, read(source, whole, n, T, BLOCK, False, True), BLOCK, False, True)

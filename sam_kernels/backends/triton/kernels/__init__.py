@@ -1,0 +1,1 @@
+"""One kernel per pass, as csrc/ops/cuda has them."""

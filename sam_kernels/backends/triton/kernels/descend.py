@@ -1,0 +1,210 @@
+"""The base optimizer's update, from the snapshot where there is one; restores only if that is not safe."""
+
+import triton
+import triton.language as tl
+
+from ..codes import COLUMN_MOMENTUM, COLUMNS, FRESH, GRADS, LISTS, PARAMS, RULE_SGD, SNAPSHOTS, STEPS
+from ..engine import address, copy_chunk, find_chunk, is_finite, is_last_program, read, read_if, write, write_if
+from ..math.descent import (
+    Adam,
+    adam,
+    adam_first_moment,
+    adam_second_moment,
+    adam_weight,
+    apply_decayed,
+    decayed,
+    sgd,
+    sgd_buffer,
+    sgd_weight,
+)
+from ..rounding import narrow, widen
+
+
+@triton.jit(do_not_specialize=["chunks", "count"])
+def descend_kernel(
+    layout,
+    addresses,
+    table,
+    chunks,
+    count,
+    guard,
+    found_inf,
+    inv_scale,
+    counter,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    RULE: tl.constexpr,
+    HAS_BUFFERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    is_safe = may_move(guard, found_inf)
+    scale = tl.full((), 1, tl.float64)
+    if inv_scale is not None:
+        scale = tl.load(inv_scale).to(tl.float64)
+    # The scalars of Adam take two powers in fp64, so they are worked out again only for another row or step.
+    last_row = tl.full((), -1, tl.int64)
+    last_step = tl.full((), 0, tl.float32)
+    zero = tl.full((), 0, S)
+    adam_rule = Adam(zero, zero, zero, zero, zero, zero, zero)
+    for c in range(tl.program_id(0), chunks, tl.num_programs(0)):
+        chunk = find_chunk(layout, c)
+        row = table + chunk.row * COLUMNS
+        w = address(addresses, count, PARAMS, chunk, T)
+        g = address(addresses, count, GRADS, chunk, T)
+        snapshot = address(addresses, count, SNAPSHOTS, chunk, T)
+        if w != 0:
+            source = tl.where(snapshot == 0, w, snapshot)
+            if (g != 0) & is_safe:
+                decay = decayed(row, RULE, scale, S)
+                first = address(addresses, count, LISTS, chunk, T)
+                if RULE == RULE_SGD:
+                    rule = sgd(row, S)
+                    if HAS_BUFFERS:
+                        has_buffer = (first != 0) & (tl.load(row + COLUMN_MOMENTUM) != 0)
+                        first = tl.where(has_buffer, first, 0)
+                        is_fresh = tl.load(addresses + FRESH * count + chunk.tensor) != 0
+                        descend_sgd(decay, rule, w, g, source, first, is_fresh, chunk.size, T, S, True, BLOCK)
+                    else:
+                        descend_sgd(decay, rule, w, g, source, w, False, chunk.size, T, S, False, BLOCK)
+                else:
+                    second = address(addresses, count, LISTS + 1, chunk, T)
+                    step = tl.load(step_counter(addresses, count, chunk.tensor))
+                    if (chunk.row != last_row) | (step != last_step):
+                        adam_rule = adam(row, step.to(tl.float64) + 1, S)
+                        last_row = chunk.row
+                        last_step = step
+                    descend_adam(decay, adam_rule, w, g, source, first, second, chunk.size, T, S, BLOCK)
+            elif snapshot != 0:
+                copy_chunk(w, snapshot, chunk.size, T, BLOCK)
+    if RULE != RULE_SGD:
+        # Nobody reads a step counter any more once every program is here.
+        if is_last_program(counter):
+            if is_safe:
+                advance_steps(addresses, count, BLOCK)
+
+
+@triton.jit
+def may_move(guard, found_inf):
+    is_safe = tl.program_id(0) >= 0
+    if guard is not None:
+        is_safe = is_finite(tl.load(guard))
+    if found_inf is not None:
+        is_safe = is_safe & (tl.load(found_inf) == 0)
+    return is_safe
+
+
+@triton.jit
+def step_counter(addresses, count, tensor):
+    return tl.load(addresses + STEPS * count + tensor).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def advance_steps(addresses, count, BLOCK: tl.constexpr):
+    for i in range(0, count, BLOCK):
+        t = i + tl.arange(0, BLOCK)
+        moves = tl.load(addresses + GRADS * count + t, mask=t < count, other=0) != 0
+        steps = tl.load(addresses + STEPS * count + t, mask=moves, other=0).to(tl.pointer_type(tl.float32))
+        tl.store(steps, tl.load(steps, mask=moves, other=0) + 1, mask=moves)
+
+
+@triton.jit
+def gradient(decay, g, w):
+    return tl.where(decay.weight_decay != 0, apply_decayed(decay, g, w), apply_decayed(decay, g))
+
+
+@triton.jit
+def descend_sgd(
+    decay,
+    rule,
+    w,
+    g,
+    source,
+    buffer,
+    is_fresh,
+    n,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    BUFFERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    whole = n // BLOCK * BLOCK
+    if (w | g | source | buffer) % 16 == 0:
+        for i in range(0, whole, BLOCK):
+            sgd_block(decay, rule, w, g, source, buffer, is_fresh, i, n, T, S, BUFFERED, BLOCK, True, False)
+    else:
+        for i in range(0, whole, BLOCK):
+            sgd_block(decay, rule, w, g, source, buffer, is_fresh, i, n, T, S, BUFFERED, BLOCK, False, False)
+    if whole < n:
+        sgd_block(decay, rule, w, g, source, buffer, is_fresh, whole, n, T, S, BUFFERED, BLOCK, False, True)
+
+
+@triton.jit
+def sgd_block(
+    decay,
+    rule,
+    w,
+    g,
+    source,
+    buffer,
+    is_fresh,
+    i,
+    n,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    BUFFERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    old = widen(read(source, i, n, T, BLOCK, ALIGNED, MASKED), S)
+    d = gradient(decay, widen(read(g, i, n, T, BLOCK, ALIGNED, MASKED), S), old)
+    if BUFFERED:
+        has_buffer = buffer != 0
+        held = widen(read_if(has_buffer & (is_fresh == 0), buffer, i, n, T, BLOCK, ALIGNED, MASKED), S)
+        b = tl.where(is_fresh, d, sgd_buffer(rule, held, d))
+        moved = tl.where(has_buffer, sgd_weight(rule, old, d, b), sgd_weight(rule, old, d))
+        write_if(has_buffer, buffer, i, n, narrow(b, T), BLOCK, ALIGNED, MASKED)
+    else:
+        moved = sgd_weight(rule, old, d)
+    write(w, i, n, narrow(moved, T), BLOCK, ALIGNED, MASKED)
+
+
+@triton.jit
+def descend_adam(
+    decay, rule, w, g, source, first, second, n, T: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr
+):
+    whole = n // BLOCK * BLOCK
+    if (w | g | source | first | second) % 16 == 0:
+        for i in range(0, whole, BLOCK):
+            adam_block(decay, rule, w, g, source, first, second, i, n, T, S, BLOCK, True, False)
+    else:
+        for i in range(0, whole, BLOCK):
+            adam_block(decay, rule, w, g, source, first, second, i, n, T, S, BLOCK, False, False)
+    if whole < n:
+        adam_block(decay, rule, w, g, source, first, second, whole, n, T, S, BLOCK, False, True)
+
+
+@triton.jit
+def adam_block(
+    decay,
+    rule,
+    w,
+    g,
+    source,
+    first,
+    second,
+    i,
+    n,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    old = widen(read(source, i, n, T, BLOCK, ALIGNED, MASKED), S)
+    d = gradient(decay, widen(read(g, i, n, T, BLOCK, ALIGNED, MASKED), S), old)
+    m = adam_first_moment(rule, widen(read(first, i, n, T, BLOCK, ALIGNED, MASKED), S), d)
+    v = adam_second_moment(rule, widen(read(second, i, n, T, BLOCK, ALIGNED, MASKED), S), d)
+    write(w, i, n, narrow(adam_weight(rule, old, m, v), T), BLOCK, ALIGNED, MASKED)
+    write(first, i, n, narrow(m, T), BLOCK, ALIGNED, MASKED)
+    write(second, i, n, narrow(v, T), BLOCK, ALIGNED, MASKED)

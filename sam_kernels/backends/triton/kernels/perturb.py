@@ -1,0 +1,115 @@
+"""snapshot = w; w += scale * T * h(T * g)."""
+
+import triton
+import triton.language as tl
+
+from ..codes import ADAPTIVE, COLUMN_ETA, COLUMN_METRIC, COLUMNS, EUCLIDEAN, FIXED, GRADS, PARAMS, SNAPSHOTS
+from ..codes import POWERED as POWERED
+from ..engine import address, copy_chunk, find_chunk, is_finite, read, write
+from ..math.metric import Adaptive
+from ..math.perturb import Perturb, Powered, apply_perturb, perturb_scale
+from ..rounding import narrow, widen
+
+
+@triton.jit(do_not_specialize=["chunks", "count"])
+def perturb_kernel(
+    layout,
+    addresses,
+    table,
+    chunks,
+    count,
+    norm,
+    peak,
+    tensor_scale,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    SHAPE: tl.constexpr,
+    HAS_ADAPTIVE: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    length = tl.load(norm)
+    is_safe = is_finite(length)
+    # What the norm has read last is still in the cache, so this goes from the end to the beginning.
+    for c in range(tl.program_id(0), chunks, tl.num_programs(0)):
+        chunk = find_chunk(layout, chunks - 1 - c)
+        row = table + chunk.row * COLUMNS
+        metric = tl.load(row + COLUMN_METRIC)
+        w = address(addresses, count, PARAMS, chunk, T)
+        g = address(addresses, count, GRADS, chunk, T)
+        snapshot = address(addresses, count, SNAPSHOTS, chunk, T)
+        if (w != 0) & (g != 0) & (snapshot != 0) & (metric != FIXED):
+            if is_safe:
+                own = length * 0 + 1
+                if tensor_scale is not None:
+                    own = tl.load(tensor_scale + chunk.tensor)
+                perturb = Perturb(
+                    scale=perturb_scale(row, SHAPE, length, own, S),
+                    metric=Adaptive(eta=tl.load(row + COLUMN_ETA).to(S)),
+                    shape=make_shape(peak, SHAPE, Q, S),
+                )
+                if HAS_ADAPTIVE:
+                    if metric == ADAPTIVE:
+                        perturb_chunk(perturb, w, g, snapshot, chunk.size, T, S, ADAPTIVE, SHAPE, BLOCK)
+                    else:
+                        perturb_chunk(perturb, w, g, snapshot, chunk.size, T, S, EUCLIDEAN, SHAPE, BLOCK)
+                else:
+                    perturb_chunk(perturb, w, g, snapshot, chunk.size, T, S, EUCLIDEAN, SHAPE, BLOCK)
+            else:
+                copy_chunk(snapshot, w, chunk.size, T, BLOCK)
+
+
+@triton.jit
+def make_shape(peak, SHAPE: tl.constexpr, Q: tl.constexpr, S: tl.constexpr):
+    if SHAPE == POWERED:
+        largest = tl.load(peak)
+        return Powered(peak=largest.to(S), exponent=(largest * 0 + (Q - 1)).to(S))
+    else:
+        return ()
+
+
+@triton.jit
+def perturb_chunk(
+    perturb,
+    w,
+    g,
+    snapshot,
+    n,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    METRIC: tl.constexpr,
+    SHAPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    whole = n // BLOCK * BLOCK
+    if (w | g | snapshot) % 16 == 0:
+        for i in range(0, whole, BLOCK):
+            perturb_block(perturb, w, g, snapshot, i, n, T, S, METRIC, SHAPE, BLOCK, True, False)
+    else:
+        for i in range(0, whole, BLOCK):
+            perturb_block(perturb, w, g, snapshot, i, n, T, S, METRIC, SHAPE, BLOCK, False, False)
+    if whole < n:
+        perturb_block(perturb, w, g, snapshot, whole, n, T, S, METRIC, SHAPE, BLOCK, False, True)
+
+
+@triton.jit
+def perturb_block(
+    perturb,
+    w,
+    g,
+    snapshot,
+    i,
+    n,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    METRIC: tl.constexpr,
+    SHAPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    x = read(w, i, n, T, BLOCK, ALIGNED, MASKED)
+    d = widen(read(g, i, n, T, BLOCK, ALIGNED, MASKED), S)
+    moved = apply_perturb(perturb, widen(x, S), d, METRIC, SHAPE)
+    write(snapshot, i, n, x, BLOCK, ALIGNED, MASKED)
+    write(w, i, n, narrow(moved, T), BLOCK, ALIGNED, MASKED)

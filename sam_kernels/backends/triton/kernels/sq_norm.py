@@ -1,0 +1,169 @@
+"""Sum of moment(T g), or the largest |T g|, over all tensors and by tensor."""
+
+import triton
+import triton.language as tl
+
+from ..codes import ADAPTIVE, COLUMN_ETA, COLUMN_METRIC, COLUMNS, EUCLIDEAN, FIXED, GRADS, PARAMS, PEAK, POWER
+from ..codes import SQUARE as SQUARE
+from ..engine import address, find_chunk, is_last_program, larger, largest, read
+from ..math.metric import Adaptive, Power, adaptive_weigh, apply_power, apply_square, euclidean_weigh
+from ..math.power import power
+from ..rounding import widen
+
+# Within these bounds a sum of fp32 squares has neither overflowed nor lost terms that count.
+LARGE_SUM, SMALL_SUM = tl.constexpr(1e38), tl.constexpr(1e-30)
+
+
+@triton.jit(do_not_specialize=["chunks", "count"])
+def sq_norm_kernel(
+    layout,
+    addresses,
+    table,
+    chunks,
+    count,
+    peak,
+    partials,
+    counter,
+    out,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    MOMENT: tl.constexpr,
+    HAS_ADAPTIVE: tl.constexpr,
+    Q: tl.constexpr,
+    ROOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    for c in range(tl.program_id(0), chunks, tl.num_programs(0)):
+        chunk = find_chunk(layout, c)
+        row = table + chunk.row * COLUMNS
+        metric = tl.load(row + COLUMN_METRIC)
+        g = address(addresses, count, GRADS, chunk, T)
+        total = tl.full((), 0, tl.float64)
+        if (g != 0) & (metric != FIXED) & (chunk.size > 0):
+            eta = tl.load(row + COLUMN_ETA)
+            if HAS_ADAPTIVE:
+                w = address(addresses, count, PARAMS, chunk, T)
+                if metric == ADAPTIVE:
+                    total = chunk_sum(g, w, chunk.size, eta, peak, T, S, ADAPTIVE, MOMENT, Q, BLOCK)
+                else:
+                    total = chunk_sum(g, g, chunk.size, eta, peak, T, S, EUCLIDEAN, MOMENT, Q, BLOCK)
+            else:
+                total = chunk_sum(g, g, chunk.size, eta, peak, T, S, EUCLIDEAN, MOMENT, Q, BLOCK)
+        tl.store(partials + chunk.number, total)
+    if is_last_program(counter):
+        total = join_partials(partials, 0, chunks, MOMENT, BLOCK)
+        if ROOT == 2:
+            total = tl.sqrt(total)
+        elif ROOT > 1:
+            total = power(total, 1 / ROOT)
+        tl.store(out, total)
+
+
+@triton.jit
+def sum_by_tensor_kernel(partials, first, out, MOMENT: tl.constexpr, BLOCK: tl.constexpr):
+    t = tl.program_id(0)
+    begin = tl.load(first + t)
+    tl.store(out + t, join_partials(partials, begin, tl.load(first + t + 1), MOMENT, BLOCK))
+
+
+@triton.jit
+def join_partials(partials, begin, end, MOMENT: tl.constexpr, BLOCK: tl.constexpr):
+    joined = tl.zeros([BLOCK], tl.float64)
+    for i in range(begin, end, BLOCK):
+        offset = i + tl.arange(0, BLOCK)
+        # From the cache that all processors share: others wrote these.
+        x = tl.load(partials + offset, mask=offset < end, other=0, cache_modifier=".cg")
+        joined = larger(joined, x) if MOMENT == PEAK else joined + x
+    return largest(joined) if MOMENT == PEAK else tl.sum(joined)
+
+
+@triton.jit
+def chunk_sum(
+    g,
+    w,
+    n,
+    eta,
+    peak,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    METRIC: tl.constexpr,
+    MOMENT: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    total = chunk_sum_in(g, w, n, eta, peak, T, S, METRIC, MOMENT, Q, BLOCK)
+    if (MOMENT == SQUARE) & (S == tl.float32):
+        if ((total <= LARGE_SUM) == 0) | ((total != 0) & (total < SMALL_SUM)):
+            # Gradients beyond 1.8e19, or below 1e-22 where not all are zero: once more in double.
+            total = chunk_sum_in(g, w, n, eta, peak, T, tl.float64, METRIC, MOMENT, Q, BLOCK)
+    return total
+
+
+@triton.jit
+def chunk_sum_in(
+    g,
+    w,
+    n,
+    eta,
+    peak,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    METRIC: tl.constexpr,
+    MOMENT: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Sums are fp32 inside a chunk on purpose: a lane adds at most a few dozen numbers, and beyond they are
+    # fp64.
+    metric = Adaptive(eta=eta.to(S))
+    term = make_term(peak, MOMENT, Q, S)
+    sums = tl.zeros([BLOCK], S)
+    whole = n // BLOCK * BLOCK
+    if (g | w) % 16 == 0:
+        for i in range(0, whole, BLOCK):
+            sums = add_block(sums, metric, term, g, w, i, n, T, S, METRIC, MOMENT, BLOCK, True, False)
+    else:
+        for i in range(0, whole, BLOCK):
+            sums = add_block(sums, metric, term, g, w, i, n, T, S, METRIC, MOMENT, BLOCK, False, False)
+    if whole < n:
+        sums = add_block(sums, metric, term, g, w, whole, n, T, S, METRIC, MOMENT, BLOCK, False, True)
+    return largest(sums.to(tl.float64)) if MOMENT == PEAK else tl.sum(sums.to(tl.float64))
+
+
+@triton.jit
+def make_term(peak, MOMENT: tl.constexpr, Q: tl.constexpr, S: tl.constexpr):
+    if MOMENT == POWER:
+        largest_one = tl.load(peak)
+        return Power(peak=largest_one.to(S), q=(largest_one * 0 + Q).to(S))
+    else:
+        return ()
+
+
+@triton.jit
+def add_block(
+    sums,
+    metric,
+    term,
+    g,
+    w,
+    i,
+    n,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    METRIC: tl.constexpr,
+    MOMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    d = widen(read(g, i, n, T, BLOCK, ALIGNED, MASKED), S)
+    if METRIC == ADAPTIVE:
+        u = adaptive_weigh(metric, d, widen(read(w, i, n, T, BLOCK, ALIGNED, MASKED), S))
+    else:
+        u = euclidean_weigh(d, d)
+    if MOMENT == PEAK:
+        return larger(sums, tl.abs(u))
+    elif MOMENT == POWER:
+        return sums + apply_power(term, u)
+    else:
+        return sums + apply_square(u)

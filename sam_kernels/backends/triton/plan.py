@@ -1,0 +1,198 @@
+"""Tensor sizes to chunks, and tensor lists to tables of addresses on the device. Knows no pass.
+
+note: [tables]
+Kernels take addresses from int64 tables, so one launch serves any number of tensors. The chunks follow from
+the sizes alone and are uploaded once. The addresses are uploaded before a pass in one asynchronous copy from
+pinned memory, and only if one of them changed since the last time.
+"""
+
+from __future__ import annotations
+
+import operator
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Tensors = list[Tensor | None]
+
+# Chunks are powers of two between these; the smallest is the largest block of any dtype, so that a whole chunk
+# is whole blocks.
+SMALLEST, LARGEST = 4096, 65536
+
+
+class List(IntEnum):
+    """Rows of the table of addresses."""
+
+    PARAMS = 0
+    GRADS = 1
+    SNAPSHOTS = 2
+    LISTS = 3  # three: lists of combine_ and grad_stats, state of the base optimizer
+    OUTS = 6  # two
+    STEPS = 8
+    FRESH = 9  # no address: 1 where a momentum buffer takes the gradient
+
+
+ROWS = len(List) + 3
+
+# tensor, first element, elements, number in tensor order, row of the table of scalars
+CHUNK_COLUMNS = 5
+
+# What stands for the address of a tensor without elements, which has none: it takes part all the same.
+_NOTHING = 16
+
+_get_dtype = operator.attrgetter("dtype")
+
+
+def chunk_size(total: int) -> int:
+    """Elements of a chunk: about a thousand chunks, chosen by size alone, so that sums have one order.
+
+    Example:
+        >>> chunk_size(1), chunk_size(10_000_000), chunk_size(10**9)
+        (4096, 8192, 65536)
+    """
+    size = SMALLEST
+    while size < LARGEST and size * 2 * 1024 <= total:
+        size *= 2
+    return size
+
+
+def cut(sizes: list[int], row: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The chunks of a list of tensors, and per tensor the number of its first one.
+
+    Whole chunks come first and then the tails, longest first, so that programs that take every n-th chunk end
+    at nearly the same time. Every tensor has one tail, perhaps an empty one.
+
+    Returns:
+        ``[chunks, CHUNK_COLUMNS]`` and ``[tensors + 1]``, both int64.
+    """
+    numel = np.array(sizes, dtype=np.int64)
+    size = chunk_size(int(numel.sum()))
+    counts = numel // size + 1
+    first = np.concatenate([[0], np.cumsum(counts)])
+    tensor = np.repeat(np.arange(len(sizes)), counts)
+    number = np.arange(first[-1])
+    begin = (number - first[tensor]) * size
+    length = np.minimum(numel[tensor] - begin, size)
+    chunks = np.stack([tensor, begin, length, number, np.array(row, dtype=np.int64)[tensor]], axis=1)
+    order = np.argsort(-length, kind="stable")
+    return np.ascontiguousarray(chunks[order]), first
+
+
+class Plan:
+    """The chunks and addresses of one layout, on its device.
+
+    Args:
+        sizes: elements of each tensor.
+        row: per tensor, its row of the table of scalars.
+        device: where the tensors are.
+    """
+
+    def __init__(self, sizes: list[int], row: list[int], device: torch.device) -> None:
+        self._sizes = sizes
+        self._host = np.zeros((ROWS, len(sizes)), dtype=np.int64)
+        self._is_stale = True
+        self._graphs_hold: list[Tensor] = []
+        self._is_captured = False
+        chunks, first = cut(sizes, row)
+        self.device = device
+        self.chunks = len(chunks)
+        self.count = len(sizes)
+        self.layout = torch.from_numpy(chunks).to(device)
+        self.first = torch.from_numpy(first).to(device)
+        self.partials = torch.zeros(self.chunks, 6, dtype=torch.float64, device=device)
+        self.counter = torch.zeros(1, dtype=torch.int32, device=device)
+        self._table = torch.zeros(ROWS, len(sizes), dtype=torch.int64, device=device)
+
+    def point(self, row: int, name: str, tensors: Tensors, dtype: torch.dtype, sizes: Any = None) -> int:
+        """Take the addresses of one list; returns how many of its tensors are there.
+
+        Args:
+            row: of the table of addresses.
+            name: of the list, for messages.
+            sizes: elements each tensor must have; those of the plan by default.
+
+        Raises:
+            ValueError: if a tensor has another size or dtype, or no memory.
+        """
+        sizes = self._sizes if sizes is None else sizes
+        try:
+            addresses = np.array(list(map(Tensor.data_ptr, tensors)), dtype=np.int64)  # type: ignore[arg-type]
+            fits = list(map(Tensor.numel, tensors)) == sizes  # type: ignore[arg-type]
+            fits = fits and set(map(_get_dtype, tensors)) <= {dtype}
+            present, is_there = len(tensors), True
+        except TypeError:  # a None among them; asking each one beforehand would cost a pass of its own
+            is_there = np.array([x is not None for x in tensors])
+            addresses = np.array([0 if x is None else x.data_ptr() for x in tensors], dtype=np.int64)
+            fits = False
+            present = int(is_there.sum())
+        if not fits or len(tensors) != self.count:
+            self._check(name, tensors, dtype, sizes)
+        missing = (addresses == 0) & is_there
+        if missing.any():
+            self._check_memory(name, tensors, missing)
+            addresses[missing] = _NOTHING
+        self.put(row, addresses)
+        return present
+
+    def put(self, row: int, numbers: np.ndarray) -> None:
+        """Write one row of the table of addresses."""
+        if not np.array_equal(self._host[row], numbers):
+            self._host[row] = numbers
+            self._is_stale = True
+
+    def addresses(self) -> Tensor:
+        """The table on the device, as it is after what was put into it.
+
+        Raises:
+            RuntimeError: if an address changed while a CUDA graph is captured.
+        """
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self._is_stale:
+            if capturing:
+                raise RuntimeError(
+                    "the address of a tensor changed during the capture of a CUDA graph, and the Triton "
+                    "passes would have to wait for its upload; take a step with the same tensors first, with "
+                    "gradients that stay where they are (zero_grad(set_to_none=False)), or use the native "
+                    "backend"
+                )
+            self._upload()
+        self._is_captured = self._is_captured or capturing
+        return self._table
+
+    def _upload(self) -> None:
+        if self._is_captured:
+            # A graph reads this table at every replay: from now on it is the graph's.
+            self._graphs_hold.append(self._table)
+            self._table, self._is_captured = torch.empty_like(self._table), False
+        block = torch.from_numpy(self._host.copy())
+        if self.device.type == "cuda":
+            block = block.pin_memory()  # torch keeps the block until the copy is over
+        self._table.copy_(block, non_blocking=True)
+        self._is_stale = False
+
+    def _check(self, name: str, tensors: Tensors, dtype: torch.dtype, sizes: list[int]) -> None:
+        if len(tensors) != self.count:
+            raise ValueError(
+                f"{name} has {len(tensors)} entries, but the plan has {self.count} tensors"
+            )
+        for t, (x, size) in enumerate(zip(tensors, sizes, strict=True)):
+            if x is None:
+                continue
+            if x.dtype != dtype:
+                raise ValueError(
+                    f"{name}[{t}] is {x.dtype} but the list is {dtype}; a list must have one dtype"
+                )
+            if x.numel() != size:
+                raise ValueError(f"{name}[{t}] has {x.numel()} elements, expected {size}")
+
+    def _check_memory(self, name: str, tensors: Tensors, missing: np.ndarray) -> None:
+        for t in np.flatnonzero(missing).tolist():
+            size = tensors[t].numel()  # type: ignore[union-attr]
+            if size:
+                raise ValueError(
+                    f"{name}[{t}] has {size} elements but no memory in this process (its data_ptr is 0); pass "
+                    "local tensors, not DTensors or meta tensors"
+                )
