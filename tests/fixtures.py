@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterable, Sequence
 
 import emulated
+import interpreted
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.nn import Parameter
 from sam_kernels import SAM
 
 LONG = 65537
-BACKENDS = ("reference", "foreach", "native", emulated.BACKEND.name)
+BACKENDS = ("reference", "foreach", "native", emulated.BACKEND.name, interpreted.BACKEND.name)
 
 
 @functools.cache

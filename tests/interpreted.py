@@ -30,3 +30,32 @@ if BACKEND.name not in backends.names():
     backends.register(BACKEND)
 
 needed = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
+
+
+def _patch_once_a_launch() -> None:
+    """The interpreter re-patches triton.language at every call between kernel functions: most of its time.
+
+    The first call of a launch has done it for all that follow until the launch ends.
+    """
+    from triton import language as tl
+    from triton.runtime import interpreter as at
+
+    patch, run = at._patch_lang, at.GridExecutor.__call__
+    patched: set[frozenset[int]] = set()
+
+    def patch_once(fn):
+        modules = {id(x) for x in (tl, tl.core) if any(value is x for value in fn.__globals__.values())}
+        if frozenset(modules) in patched:
+            return None
+        patched.add(frozenset(modules))
+        return patch(fn)
+
+    def run_afresh(self, *args, **kwargs):
+        patched.clear()
+        return run(self, *args, **kwargs)
+
+    at._patch_lang, at.GridExecutor.__call__ = patch_once, run_afresh
+
+
+if PROBLEM is None:
+    _patch_once_a_launch()

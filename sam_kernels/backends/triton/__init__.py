@@ -147,7 +147,7 @@ class Triton:
 
     def grad_stats(self, group: TensorGroup, lists: list[list[Tensor | None]]) -> Tensor:
         plan = _plan(group)
-        dtype = self._point_foreign(plan, group, List.LISTS, "lists", lists)
+        dtype = self._point_foreign("grad_stats", plan, group, lists=lists)
         dots = torch.empty(len(lists) * (len(lists) + 1) // 2, dtype=torch.float64, device=group.device)
         self._launch(
             "grad_stats",
@@ -170,10 +170,7 @@ class Triton:
         coefficients: Tensor,
     ) -> None:
         plan = _plan(group)
-        dtype = self._point_foreign(plan, group, List.LISTS, "lists", lists)
-        other = self._point_foreign(plan, group, List.OUTS, "outs", outs)
-        if other != dtype:
-            raise ValueError(f"combine_: the lists are {dtype} and the outputs {other}; give them one dtype")
+        dtype = self._point_foreign("combine_", plan, group, lists=lists, outs=outs)
         self._launch(
             "combine",
             plan,
@@ -208,7 +205,7 @@ class Triton:
         if rule == "adam":
             ones = [1] * plan.count
             state["step"] = plan.point(List.STEPS, "step", slots["step"], torch.float32, ones)
-        _require(group, rule, slots, names)
+        _require(group, rule, slots, list(state))
         fresh = slots.get("fresh") or [False] * plan.count
         plan.put(List.FRESH, np.array(fresh, dtype=np.int64))
         self._launch(
@@ -228,14 +225,26 @@ class Triton:
         count_descent(group, slots, state, moving)
 
     def _point_foreign(
-        self, plan: Plan, group: TensorGroup, row: int, name: str, lists: list[list[Tensor | None]]
+        self, kernel: str, plan: Plan, group: TensorGroup, **lists: list[list[Tensor | None]]
     ) -> torch.dtype:
         """Point at lists that the group did not make; their one dtype."""
-        dtype = next((x.dtype for tensors in lists for x in tensors if x is not None), group.dtype)
+        found = {
+            f"{name}[{i}]": next((x.dtype for x in tensors if x is not None), None)
+            for name, columns in lists.items()
+            for i, tensors in enumerate(columns)
+        }
+        dtypes = {dtype for dtype in found.values() if dtype is not None} or {group.dtype}
+        if len(dtypes) > 1:
+            raise ValueError(f"{kernel}: {', '.join(map(str, dtypes))} among the lists; expected one dtype")
+        (dtype,) = dtypes
         if dtype not in _DTYPES:
-            raise ValueError(f"{name}[0] is {dtype}; expected one of {', '.join(map(str, _DTYPES))}")
-        for i, tensors in enumerate(lists):
-            plan.point(row + i, f"{name}[{i}]", tensors, dtype)
+            raise ValueError(f"{kernel}: the lists are {dtype}; expected one of {', '.join(map(str, _DTYPES))}")
+        for name, columns in lists.items():
+            row, most = (List.LISTS, 3) if name == "lists" else (List.OUTS, 2)
+            if not 1 <= len(columns) <= most:
+                raise ValueError(f"{kernel}: got {len(columns)} {name}; expected 1 to {most}")
+            for i, tensors in enumerate(columns):
+                plan.point(row + i, f"{name}[{i}]", tensors, dtype)
         return dtype
 
     def _launch(self, kernel: str, plan: Plan, *arguments: Any, **constants: Any) -> None:
@@ -287,7 +296,7 @@ def _require(group: TensorGroup, rule: str, slots: dict[str, list[Any]], names: 
     for name in names:
         for t, (g, x) in enumerate(zip(group.grads, slots[name], strict=True)):
             if g is not None and x is None and (rule != "sgd" or with_momentum[group.row[t]]):
-                raise ValueError(f"descend_: tensor {t} has a gradient but no {name}")
+                raise ValueError(f"descend_: grads[{t}] is there but {name}[{t}] is None")
 
 
 def _programs(device: torch.device) -> int:

@@ -56,6 +56,13 @@ def read(start, i, n, T: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexp
 
 
 @triton.jit
+def everywhere(condition, BLOCK: tl.constexpr):
+    """One condition as a mask, known to be the same for all: loads under it can still be 128 bits wide."""
+    # By way of integers, since the interpreter gives a comparison the type of what was compared.
+    return (tl.zeros([BLOCK], tl.int32) + tl.where(condition, 1, 0)) != 0
+
+
+@triton.jit
 def read_if(
     wanted,
     start,
@@ -71,8 +78,7 @@ def read_if(
     pointer = start.to(tl.pointer_type(T))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
-    # One condition for the whole block does not keep loads from being 128 bits wide.
-    mask = tl.full([BLOCK], 1, tl.int1) & wanted
+    mask = everywhere(wanted, BLOCK)
     if MASKED:
         mask = mask & (offset < n)
     return tl.load(pointer + offset, mask=mask, other=0)
@@ -100,7 +106,7 @@ def write_if(
     pointer = start.to(tl.pointer_type(x.dtype))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
-    mask = tl.full([BLOCK], 1, tl.int1) & wanted
+    mask = everywhere(wanted, BLOCK)
     if MASKED:
         mask = mask & (offset < n)
     tl.store(pointer + offset, x, mask=mask)

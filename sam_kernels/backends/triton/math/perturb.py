@@ -41,7 +41,8 @@ def apply_powered(self, u):
     is_zero = self.peak == 0
     ratio = divide(tl.abs(u), tl.where(is_zero, self.peak + 1.0, self.peak))
     size = power(ratio, self.exponent)
-    return tl.where(is_zero | (u == 0), u, tl.where(u < 0, -size, size))
+    signed = tl.where(u < 0, -size, size)
+    return tl.where(is_zero, u, tl.where(u == 0, u, signed))
 
 
 @triton.jit
