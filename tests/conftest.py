@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from cases import BASES, RECIPES
 
 
 @pytest.fixture(autouse=True)
@@ -30,3 +31,22 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The interpreter takes a thousand times as long as what it interprets, so products are thinned for it.
+
+    Of recipes times base optimizers it runs every fourth pair: each recipe and each base appears, in both
+    dtypes. The rest is marked thorough; `pytest -m thorough` runs that.
+    """
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("backend") != "interpreted" or "recipe" not in parameters:
+            continue
+        bases = [case.label for case in BASES]
+        base = getattr(parameters.get("base"), "label", bases[0])
+        number = [case.label for case in RECIPES].index(parameters["recipe"].label) + bases.index(base)
+        if parameters.get("dtype") == torch.float64:
+            number += 2
+        if number % 4:
+            item.add_marker(pytest.mark.thorough)

@@ -1,7 +1,7 @@
 """Triton's interpreter as the backend "interpreted": the kernels unchanged, on CPU tensors.
 
-Whether kernels are interpreted is settled when Triton is imported. Without a GPU the tests do so; with one they
-compile, unless TRITON_INTERPRET=1 was set by whoever started them.
+Whether kernels are interpreted is settled when Triton is imported. Without a GPU the tests do so; with one
+they compile, unless TRITON_INTERPRET=1 was set by whoever started them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sam_kernels.backends import triton
 def _problem() -> str | None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton compiles for the GPU here; TRITON_INTERPRET=1 runs its interpreter"
-    return triton._load()[1]
+    return triton.load()[1]
 
 
 PROBLEM = _problem()

@@ -1,4 +1,4 @@
-"""What the backends that write through addresses share: device scalars as kernels read them, and write counts.
+"""What backends that write through addresses share: scalars as kernels read them, and counting of writes.
 
 A write through an address leaves a tensor's version counter behind; autograd would not see it.
 """
@@ -55,7 +55,9 @@ def count_perturbation(group: TensorGroup, present: int) -> None:
         count_write(group.snapshots, group.snapshots, present)
 
 
-def count_descent(group: TensorGroup, slots: dict[str, list[Any]], state: dict[str, int], moving: int) -> None:
+def count_descent(
+    group: TensorGroup, slots: dict[str, list[Any]], state: dict[str, int], moving: int
+) -> None:
     """What `descend_` has written.
 
     Args:

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from ..tensor_groups import EUCLIDEAN, Column, TensorGroup
+from ..tensor_groups import TensorGroup
+from .handover import count_descent, count_perturbation, count_write, has_momentum, measured, scalars
 
 # SAMK_ABI_VERSION of csrc/sam_kernels.h
 ABI_VERSION = 2
@@ -86,22 +86,17 @@ class Native:
         per_tensor: bool = False,
     ) -> Tensor:
         plan = self._plan(group)
-        table, measured, reads_weights = group.table, group.grads, group.reads_weights
-        if of == "weight":
-            # The weights stand in for the gradients, and no metric multiplies them.
-            table, reads_weights = table.clone(), False
-            table[:, Column.METRIC].clamp_(max=EUCLIDEAN)
-            measured = [None if g is None else w for w, g in zip(group.params, group.grads, strict=True)]
+        table, tensors, reads_weights = measured(group, of)
         if reads_weights:
             plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
-        plan.point(_native.GRADS, "grads", measured, _DTYPES[group.dtype])
-        group.cache["native grads"] = measured
+        plan.point(_native.GRADS, "grads", tensors, _DTYPES[group.dtype])
+        group.cache["native grads"] = tensors
         # Fresh results each time: the caller may hold an earlier one.
         total = torch.empty((), dtype=torch.float64, device=group.device)
         each = (
             torch.empty(len(group.params), dtype=torch.float64, device=group.device) if per_tensor else None
         )
-        peak = _scalars(peak, group, torch.float64)
+        peak = scalars(peak, group, torch.float64)
         plan.sq_norm(
             table.data_ptr(),
             reads_weights,
@@ -130,18 +125,16 @@ class Native:
         if group.cache.pop("native grads", None) is not group.grads:
             plan.point(_native.GRADS, "grads", group.grads, _DTYPES[group.dtype])
         present = _point_snapshots(plan, group)
-        scalars = [_scalars(x, group, torch.float64) for x in (peak, norm, tensor_scale)]
-        plan.perturb(group.table.data_ptr(), _SHAPES[shape], q or 0.0, *map(_at, scalars))
-        _count_write(group.params, group.snapshots, present)
-        if group.snapshots is not group.standing_snapshots:  # those are the group's own: no graph holds them
-            _count_write(group.snapshots, group.snapshots, present)
+        held = [scalars(x, group, torch.float64) for x in (peak, norm, tensor_scale)]
+        plan.perturb(group.table.data_ptr(), _SHAPES[shape], q or 0.0, *map(_at, held))
+        count_perturbation(group, present)
 
     def restore_(self, group: TensorGroup) -> None:
         plan = self._plan(group)
         plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
         present = _point_snapshots(plan, group)
         plan.restore()
-        _count_write(group.params, group.snapshots, present)
+        count_write(group.params, group.snapshots, present)
 
     def grad_stats(self, group: TensorGroup, lists: list[list[Tensor | None]]) -> Tensor:
         plan = self._plan(group)
@@ -166,10 +159,10 @@ class Native:
             _point_foreign(plan, group, _native.OUTS + i, f"outs[{i}]", tensors)
             for i, tensors in enumerate(outs)
         ]
-        weights = _scalars(coefficients, group, torch.float64)
+        weights = scalars(coefficients, group, torch.float64)
         plan.combine(len(lists), len(outs), _at(weights))
         for out, count in zip(outs, present, strict=True):
-            _count_write(out, out, count)
+            count_write(out, out, count)
 
     def descend_(
         self,
@@ -193,28 +186,19 @@ class Native:
         if rule == "adam":
             counters, float32 = slots["step"], torch.float32
             state["step"] = plan.point(_native.STEPS, "step", counters, _DTYPES[float32], float32, hold=True)
-        guard = _scalars(guard, group, torch.float64)
-        inv_scale = _scalars(inv_scale, group, torch.float32)
-        found_inf = _scalars(found_inf, group, torch.float32)
+        guard = scalars(guard, group, torch.float64)
+        inv_scale = scalars(inv_scale, group, torch.float32)
+        found_inf = scalars(found_inf, group, torch.float32)
         plan.descend(
             group.table.data_ptr(),
             _RULES[rule],
             slots.get("fresh", []),
-            [len(row) > Column.MOMENTUM and row[Column.MOMENTUM] != 0 for row in group.rows],
+            has_momentum(group),
             _at(guard),
             _at(found_inf),
             _at(inv_scale),
         )
-        if moving == len(group.params):
-            increment_version(group.params)
-            for name, present in state.items():
-                _count_write(slots[name], slots[name], present)
-            return
-        moved = [g is not None for g in group.grads]
-        for tensors in (slots[name] for name in state):
-            increment_version([x for x, m in zip(tensors, moved, strict=True) if m and x is not None])
-        touched = [m or s is not None for m, s in zip(moved, group.snapshots, strict=True)]
-        increment_version([p for p, t in zip(group.params, touched, strict=True) if t])
+        count_descent(group, slots, state, moving)
 
     def _plan(self, group: TensorGroup) -> Any:
         """The plan of the group's layout, made once; the group is rebuilt when its layout changes."""
@@ -317,24 +301,8 @@ def _point_foreign(plan: Any, group: TensorGroup, slot: int, name: str, tensors:
     return plan.point(slot, name, tensors, _DTYPES[dtype], dtype)
 
 
-def _scalars(values: Tensor | None, group: TensorGroup, dtype: torch.dtype) -> Tensor | None:
-    """Device scalars as the passes read them; the caller keeps the result alive while they do."""
-    return None if values is None else values.to(group.device, dtype).contiguous()
-
-
 def _at(values: Tensor | None) -> int:
     return 0 if values is None else values.data_ptr()
-
-
-def _count_write(tensors: list[Any], marks: list[Any], present: int) -> None:
-    """Advance the version counters of the tensors whose mark is not None, so that autograd sees the write.
-
-    Args:
-        present: how many marks are known not to be None; all of them spares the search.
-    """
-    if present < len(tensors):
-        tensors = [x for x, mark in zip(tensors, marks, strict=True) if mark is not None]
-    increment_version(tensors)
 
 
 def _open_cuda() -> Any:

@@ -1,13 +1,12 @@
 """Triton backend: the six passes as Triton kernels, for GPUs where nothing was compiled at installation.
 
-Triton is asked for when a tensor group on a GPU is first looked at. Importing this file never fails: `refusal`
-says what is missing.
+Triton is asked for when a tensor group on a GPU is first looked at. Importing this file never fails:
+`refusal` says what is missing.
 """
 
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ from torch import Tensor
 from ...tensor_groups import TensorGroup
 from ..handover import count_descent, count_perturbation, count_write, has_momentum, measured, scalars
 from .plan import List, Plan
-
-OLDEST = (3, 6)
+from .runtime import describe as describe
+from .runtime import device_problem, load
 
 # enum samk_moment, samk_shape, samk_rule
 _MOMENTS = {"square": 0, "peak": 1, "power": 2}
@@ -58,10 +57,10 @@ class Triton:
             return f"the Triton passes calculate in {known}, not in {str(group.dtype)[6:]}"
         if not group.dense:
             return "a parameter is a view with gaps or overlaps, and the Triton passes walk whole blocks"
-        problem = _load()[1]
+        problem = load()[1]
         if problem is not None or self._device_type == "cpu":
             return problem
-        return _device_problem(group.device.index or 0)
+        return device_problem(group.device.index or 0)
 
     def counts_on_device(self, group: TensorGroup) -> bool:
         """Whether step counters must live beside the tensors: the host cannot know of a skipped step."""
@@ -105,7 +104,7 @@ class Triton:
             return total
         each = torch.empty(plan.count, dtype=torch.float64, device=group.device)
         with _on(group.device):
-            _load()[0].sum_by_tensor[(plan.count,)](
+            load()[0].sum_by_tensor[(plan.count,)](
                 plan.partials, plan.first, each, MOMENT=_MOMENTS[moment], BLOCK=256, **_LAUNCH
             )
         return each
@@ -238,7 +237,9 @@ class Triton:
             raise ValueError(f"{kernel}: {', '.join(map(str, dtypes))} among the lists; expected one dtype")
         (dtype,) = dtypes
         if dtype not in _DTYPES:
-            raise ValueError(f"{kernel}: the lists are {dtype}; expected one of {', '.join(map(str, _DTYPES))}")
+            raise ValueError(
+                f"{kernel}: the lists are {dtype}; expected one of {', '.join(map(str, _DTYPES))}"
+            )
         for name, columns in lists.items():
             row, most = (List.LISTS, 3) if name == "lists" else (List.OUTS, 2)
             if not 1 <= len(columns) <= most:
@@ -248,22 +249,12 @@ class Triton:
         return dtype
 
     def _launch(self, kernel: str, plan: Plan, *arguments: Any, **constants: Any) -> None:
-        kernels = _load()[0]
+        kernels = load()[0]
         grid = min(plan.chunks, _programs(plan.device))
         with _on(plan.device):
             getattr(kernels, kernel)[(grid,)](
                 plan.layout, plan.addresses(), *arguments, **constants, **_LAUNCH
             )
-
-
-def describe() -> str:
-    """What Triton is doing on this machine, or why it is not; for the doctor."""
-    problem = _load()[1]
-    if problem is None and torch.cuda.is_available():
-        problem = _device_problem(torch.cuda.current_device())
-    elif problem is None:
-        problem = "torch sees no GPU to compile for"
-    return f"triton {_version()}" + (f"; not used: {problem}" if problem else "")
 
 
 def _plan(group: TensorGroup) -> Plan:
@@ -313,68 +304,6 @@ def _processors(index: int) -> int:
 def _on(device: torch.device) -> Any:
     """Triton launches on the current device and its current stream."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
-
-
-def _version() -> str:
-    try:
-        import triton
-    except Exception:
-        return "none"
-    return str(triton.__version__)
-
-
-@functools.cache
-def _load() -> tuple[Any, str | None]:
-    """The kernels by name, or the sentence why there are none."""
-    try:
-        import triton
-    except ImportError as problem:
-        if problem.name == "triton":
-            return None, (
-                "Triton is not installed; pip install 'triton>=3.6' brings it (Linux, NVIDIA and AMD), or use "
-                "backend='foreach'"
-            )
-        return None, f"Triton could not be imported: {problem}"
-    except Exception as problem:  # whatever a broken installation raises, importing us does not
-        return None, f"Triton could not be imported: {type(problem).__name__}: {problem}"
-    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if found < OLDEST:
-        return None, (
-            f"Triton {triton.__version__} is too old; the passes need {OLDEST[0]}.{OLDEST[1]} or newer, or use "
-            "backend='foreach'"
-        )
-    from .kernels import combine, descend, grad_stats, perturb, restore, sq_norm
-
-    return (
-        SimpleNamespace(
-            sq_norm=sq_norm.sq_norm_kernel,
-            sum_by_tensor=sq_norm.sum_by_tensor_kernel,
-            perturb=perturb.perturb_kernel,
-            restore=restore.restore_kernel,
-            grad_stats=grad_stats.grad_stats_kernel,
-            combine=combine.combine_kernel,
-            descend=descend.descend_kernel,
-        ),
-        None,
-    )
-
-
-@functools.cache
-def _device_problem(index: int) -> str | None:
-    """Why Triton cannot compile for that device, found out by asking its driver, or None."""
-    import triton
-
-    if triton.knobs.runtime.interpret:
-        return (
-            "TRITON_INTERPRET is set, and the interpreter runs on the host, where it cannot follow addresses "
-            "of a GPU; unset it"
-        )
-    try:
-        with torch.cuda.device(index):
-            triton.runtime.driver.active.get_current_target()
-    except Exception as problem:  # no C compiler, no Python headers, no driver: each in Triton's own words
-        return f"Triton cannot compile for this device: {type(problem).__name__}: {problem}"
-    return None
 
 
 BACKEND = Triton()

@@ -1,4 +1,4 @@
-"""What every kernel does: chunks over programs, blocks over chunks, sums in a fixed order. Knows no optimizer.
+"""What every kernel does: chunks over programs, blocks over chunks, sums in one order. Knows no optimizer.
 
 note: [aligned and whole]
 128-bit loads and stores need an address known to be a multiple of 16 and a block without a mask. So every
@@ -98,9 +98,7 @@ def write(start, i, n, x, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl
 
 
 @triton.jit
-def write_if(
-    wanted, start, i, n, x, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr
-):
+def write_if(wanted, start, i, n, x, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
     """The counterpart of `read_if`."""
     offset = i + tl.arange(0, BLOCK)
     pointer = start.to(tl.pointer_type(x.dtype))

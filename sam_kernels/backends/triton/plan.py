@@ -1,14 +1,15 @@
 """Tensor sizes to chunks, and tensor lists to tables of addresses on the device. Knows no pass.
 
 note: [tables]
-Kernels take addresses from int64 tables, so one launch serves any number of tensors. The chunks follow from
-the sizes alone and are uploaded once. The addresses are uploaded before a pass in one asynchronous copy from
-pinned memory, and only if one of them changed since the last time.
+Kernels take addresses from int64 tables, so one launch serves any number of tensors. The chunks follow
+from the sizes alone and are uploaded once. The addresses are uploaded before a pass in one asynchronous copy
+from pinned memory, and only if one of them changed since the last time.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -16,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Tensors = list[Tensor | None]
+Tensors = Sequence[Tensor | None]
 
-# Chunks are powers of two between these; the smallest is the largest block of any dtype, so that a whole chunk
-# is whole blocks.
+# Chunks are powers of two between these; the smallest is the largest block of any dtype, so that a whole
+# chunk is whole blocks.
 SMALLEST, LARGEST = 4096, 65536
 
 
@@ -122,12 +123,11 @@ class Plan:
             addresses = np.array(list(map(Tensor.data_ptr, tensors)), dtype=np.int64)  # type: ignore[arg-type]
             fits = list(map(Tensor.numel, tensors)) == sizes  # type: ignore[arg-type]
             fits = fits and set(map(_get_dtype, tensors)) <= {dtype}
-            present, is_there = len(tensors), True
+            is_there = np.ones(len(tensors), dtype=bool)
         except TypeError:  # a None among them; asking each one beforehand would cost a pass of its own
             is_there = np.array([x is not None for x in tensors])
             addresses = np.array([0 if x is None else x.data_ptr() for x in tensors], dtype=np.int64)
             fits = False
-            present = int(is_there.sum())
         if not fits or len(tensors) != self.count:
             self._check(name, tensors, dtype, sizes)
         missing = (addresses == 0) & is_there
@@ -135,7 +135,7 @@ class Plan:
             self._check_memory(name, tensors, missing)
             addresses[missing] = _NOTHING
         self.put(row, addresses)
-        return present
+        return int(is_there.sum())
 
     def put(self, row: int, numbers: np.ndarray) -> None:
         """Write one row of the table of addresses."""
@@ -175,9 +175,7 @@ class Plan:
 
     def _check(self, name: str, tensors: Tensors, dtype: torch.dtype, sizes: list[int]) -> None:
         if len(tensors) != self.count:
-            raise ValueError(
-                f"{name} has {len(tensors)} entries, but the plan has {self.count} tensors"
-            )
+            raise ValueError(f"{name} has {len(tensors)} entries, but the plan has {self.count} tensors")
         for t, (x, size) in enumerate(zip(tensors, sizes, strict=True)):
             if x is None:
                 continue
@@ -193,6 +191,6 @@ class Plan:
             size = tensors[t].numel()  # type: ignore[union-attr]
             if size:
                 raise ValueError(
-                    f"{name}[{t}] has {size} elements but no memory in this process (its data_ptr is 0); pass "
-                    "local tensors, not DTensors or meta tensors"
+                    f"{name}[{t}] has {size} elements but no memory in this process (its data_ptr is 0); "
+                    "pass local tensors, not DTensors or meta tensors"
                 )

@@ -40,14 +40,18 @@ def combine_kernel(
             whole = n // BLOCK * BLOCK
             if (x | y | z | first | second) % 16 == 0:
                 for i in range(0, whole, BLOCK):
-                    combine_block(x, y, z, first, second, coefficients, i, n, T, S, IN, OUT, BLOCK, True, False)
+                    combine_block(
+                        x, y, z, first, second, coefficients, i, n, T, S, IN, OUT, BLOCK, True, False
+                    )
             else:
                 for i in range(0, whole, BLOCK):
                     combine_block(
                         x, y, z, first, second, coefficients, i, n, T, S, IN, OUT, BLOCK, False, False
                     )
             if whole < n:
-                combine_block(x, y, z, first, second, coefficients, whole, n, T, S, IN, OUT, BLOCK, False, True)
+                combine_block(
+                    x, y, z, first, second, coefficients, whole, n, T, S, IN, OUT, BLOCK, False, True
+                )
 
 
 @triton.jit

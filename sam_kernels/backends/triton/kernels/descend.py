@@ -4,7 +4,17 @@ import triton
 import triton.language as tl
 
 from ..codes import COLUMN_MOMENTUM, COLUMNS, FRESH, GRADS, LISTS, PARAMS, RULE_SGD, SNAPSHOTS, STEPS
-from ..engine import address, copy_chunk, find_chunk, is_finite, is_last_program, read, read_if, write, write_if
+from ..engine import (
+    address,
+    copy_chunk,
+    find_chunk,
+    is_finite,
+    is_last_program,
+    read,
+    read_if,
+    write,
+    write_if,
+)
 from ..math.descent import (
     Adam,
     adam,

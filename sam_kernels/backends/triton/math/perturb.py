@@ -22,8 +22,8 @@ class Perturb(NamedTuple):
     """The displacement of one tensor; `metric` and `shape` are what its METRIC and SHAPE need."""
 
     scale: tl.tensor
-    metric: tuple
-    shape: tuple
+    metric: NamedTuple
+    shape: NamedTuple
 
 
 @triton.jit

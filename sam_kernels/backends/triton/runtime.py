@@ -1,0 +1,84 @@
+"""Triton itself: whether it is there, new enough and able to compile for a device, and the kernels then."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+OLDEST = (3, 6)
+
+
+def describe() -> str:
+    """What Triton is doing on this machine, or why it is not; for the doctor."""
+    problem = load()[1]
+    if problem is not None:
+        return problem
+    if not torch.cuda.is_available():
+        return f"triton {version()}; not used: torch {torch.__version__} sees no GPU to compile for"
+    problem = device_problem(torch.cuda.current_device())
+    return f"triton {version()}" + (f"; not used: {problem}" if problem else "")
+
+
+def version() -> str:
+    try:
+        import triton
+    except Exception:
+        return "none"
+    return str(triton.__version__)
+
+
+@functools.cache
+def load() -> tuple[Any, str | None]:
+    """The kernels by name, or the sentence why there are none."""
+    try:
+        import triton
+    except ImportError as problem:
+        if problem.name == "triton":
+            return None, (
+                "Triton is not installed; pip install 'triton>=3.6' brings it (Linux, NVIDIA and AMD), or use "
+                "backend='foreach'"
+            )
+        return None, f"Triton could not be imported: {problem}"
+    except Exception as problem:  # whatever a broken installation raises, importing us does not
+        return None, f"Triton could not be imported: {type(problem).__name__}: {problem}"
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found < OLDEST:
+        return None, (
+            f"Triton {triton.__version__} is too old; the passes need {OLDEST[0]}.{OLDEST[1]} or newer, or "
+            "use backend='foreach'"
+        )
+    from .kernels import combine, descend, grad_stats, perturb, restore, sq_norm
+
+    return (
+        SimpleNamespace(
+            sq_norm=sq_norm.sq_norm_kernel,
+            sum_by_tensor=sq_norm.sum_by_tensor_kernel,
+            perturb=perturb.perturb_kernel,
+            restore=restore.restore_kernel,
+            grad_stats=grad_stats.grad_stats_kernel,
+            combine=combine.combine_kernel,
+            descend=descend.descend_kernel,
+        ),
+        None,
+    )
+
+
+@functools.cache
+def device_problem(index: int) -> str | None:
+    """Why Triton cannot compile for that device, found out by asking its driver, or None."""
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return (
+            "TRITON_INTERPRET is set, and the interpreter runs on the host, where it cannot follow addresses of "
+            "a GPU; unset it"
+        )
+    try:
+        with torch.cuda.device(index):
+            triton.runtime.driver.active.get_current_target()
+    except Exception as problem:  # no C compiler, no Python headers, no driver: each in Triton's own words
+        return f"Triton cannot compile for this device: {type(problem).__name__}: {problem}"
+    return None
