@@ -221,7 +221,7 @@ def summary(decision: Decision, toolkit: Toolkit, instruction_sets: list[str] | 
         targets = " ".join(f"sm_{arch.removesuffix('+PTX')}" for arch in toolkit.archs)
         ptx = " + PTX" if any(arch.endswith("+PTX") for arch in toolkit.archs) else ""
         cuda = f"yes (nvcc {toolkit.version}, {targets}{ptx})"
-    return f"sam_kernels: native CPU {native} | CUDA {cuda} | Triton no (not in this version)"
+    return f"sam_kernels: native CPU {native} | CUDA {cuda} | Triton wherever it is installed"
 
 
 def record(package: Path, line: str) -> None:

@@ -100,10 +100,14 @@ def _cuda_device() -> str:
 
 def _backend(name: str) -> str:
     backend = backends.get(name)
-    refusal = backend.refusal(TensorGroup([torch.zeros(1)], [0], [(0, 1, 0.0)]))
-    if refusal is not None:
-        return f"not available: {refusal}"
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    refusals = [
+        backend.refusal(TensorGroup([torch.zeros(1, device=device)], [0], [(0, 1, 0.0)]))
+        for device in devices
+    ]
     describe = getattr(sys.modules[type(backend).__module__], "describe", None)
+    if None not in refusals:
+        return f"not available: {describe() if describe else refusals[0]}"
     return f"available: {describe()}" if describe else "available"
 
 

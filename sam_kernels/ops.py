@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backends import Backend, Report, check_wish, resolve
 from .backends.reference import take_root as take_root
-from .tensor_groups import ADAPTIVE, EUCLIDEAN, TensorGroup, is_dense
+from .tensor_groups import ADAPTIVE, EUCLIDEAN, TensorGroup, is_capturing, is_dense
 
 
 def sq_norm(
@@ -118,7 +118,7 @@ def restore_(params: Sequence[Tensor], snapshots: Sequence[Tensor], *, backend: 
         >>> w[0]
         tensor([0., 0.])
     """
-    group = _group("restore_", params, {"snapshots": snapshots})
+    group = _group("restore_", params, {"snapshots": snapshots}, reads_table=False)
     group.snapshots = list(snapshots)
     resolve(group, backend)[0].restore_(group)
 
@@ -141,7 +141,8 @@ def grad_stats(lists: Sequence[Sequence[Tensor]], *, backend: str = "auto") -> T
         tensor([5., 3., 9.], dtype=torch.float64)
     """
     _check_count("grad_stats", "lists", lists, 3)
-    group = _group("grad_stats", lists[0], {f"lists[{i}]": item for i, item in enumerate(lists)})
+    named = {f"lists[{i}]": item for i, item in enumerate(lists)}
+    group = _group("grad_stats", lists[0], named, reads_table=False)
     return resolve(group, backend)[0].grad_stats(group, [list(item) for item in lists])
 
 
@@ -173,7 +174,7 @@ def combine_(
     _check_count("combine_", "outs", outs, 2)
     named = {f"lists[{i}]": item for i, item in enumerate(lists)}
     named |= {f"outs[{i}]": item for i, item in enumerate(outs)}
-    group = _group("combine_", lists[0], named)
+    group = _group("combine_", lists[0], named, reads_table=False)
     expected = (len(outs), len(lists))
     if tuple(coefficients.shape) != expected or coefficients.dtype != torch.float64:
         raise ValueError(
@@ -286,7 +287,15 @@ def descend_adam_(
     group.grads = list(grads)
     group.snapshots = list(snapshots) or _missing(len(group.params))
     slots = {"exp_avg": list(exp_avgs), "exp_avg_sq": list(exp_avg_sqs), "step": list(steps)}
-    resolve(group, backend)[0].descend_(group, "adam", slots)
+    chosen = resolve(group, backend)[0]
+    counts_on_device = getattr(chosen, "counts_on_device", lambda group: False)(group)
+    for t, step in enumerate(steps):
+        if step.device != group.device and (counts_on_device or step.device.type != "cpu"):
+            raise ValueError(
+                f"descend_adam_: steps[{t}] is on {step.device}; backend {chosen.name!r} expects it on "
+                f"{group.device}, beside the weights"
+            )
+    chosen.descend_(group, "adam", slots)
 
 
 def _group(
@@ -299,6 +308,7 @@ def _group(
     rho: float = 0.0,
     eps: float = 0.0,
     base: tuple[float, ...] = (),
+    reads_table: bool = True,
 ) -> TensorGroup:
     """A tensor group for one call, after checking that the lists fit each other."""
     params = list(params)
@@ -324,7 +334,13 @@ def _group(
     metric = ADAPTIVE if adaptive else EUCLIDEAN
     dense = all(map(is_dense, params))
     group = TensorGroup(params, [0] * len(params), [(0, metric, eta)], dense=dense)
-    group.write_table([(float(metric), eta, rho, eps, *base)])
+    row = (float(metric), eta, rho, eps, *base)
+    if not reads_table:
+        return group
+    if is_capturing(group.device):
+        group.fill_table(row)  # the numbers of this call belong to what is recorded
+    else:
+        group.write_table([row])
     return group
 
 

@@ -23,7 +23,7 @@ from .perturbation import Measure, Served
 from .policies import Adaptive, Euclidean
 from .recipe import Recipe, check_adaptive, check_rho
 from .running_stats import frozen
-from .tensor_groups import FIXED, collect
+from .tensor_groups import FIXED, collect, lives_on_device
 
 # A step is pending in every phase but the first; in _NOT_DUE and _RESTORED the weights are the user's own.
 _IDLE, _PERTURBED, _NOT_DUE, _RESTORED = "idle", "perturbed", "not due", "restored"
@@ -99,6 +99,7 @@ class SAM(Optimizer):
         self.allow_plain_step = allow_plain_step
         self._phase = _IDLE
         self._served: Served | None = None
+        self._graphs_hold: list[Any] = []
         self._layout: list[Any] = []
         self._measure: Measure | None = None
         self._had_gradients = False  # in the first pass of the pending step
@@ -181,7 +182,7 @@ class SAM(Optimizer):
         last = len(self.param_groups) - 1
         try:
             self._adopt_group(last)
-            self._served = None
+            self._retire_groups()
             self._groups()
         except BaseException:
             self.param_groups.pop()
@@ -448,6 +449,8 @@ class SAM(Optimizer):
             # Not the restore of the backend: that one may be what failed.
             group.copy_back()
             perturbation.forget(group)
+        for group, _ in self._served or []:
+            group.drop_gradients()
 
     def _revalidate(self) -> None:
         """Before perturbed weights are written again: they must still be what was perturbed.
@@ -543,12 +546,15 @@ class SAM(Optimizer):
             backend.descend_(group, rule, slots, guard=on_device)  # type: ignore[arg-type]
             perturbation.forget(group)
             state.adopt(self.base_optimizer, group, slots)
+        for group, _ in served:
+            group.drop_gradients()
         # A scheduler on the base looks for this mark, which its wrapper of base.step would have set.
         self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
 
     def _plain_step(self) -> None:
         lrs = [group.get("lr") for group in self.param_groups]
-        if all(lr is not None and float(lr) == 0.0 for lr in lrs):
+        # A rate on the device is not waited for: it is a schedule's, and not that zero.
+        if all(lr is not None and not lives_on_device(lr) and float(lr) == 0.0 for lr in lrs):
             # torch's distributed checkpoint asks for a step like this to make the state exist.
             self.base_optimizer.step()
             return
@@ -583,9 +589,16 @@ class SAM(Optimizer):
             raise ValueError(
                 f"recipe '{self.recipe.name}' selects none of the parameters; nothing would be perturbed"
             )
-        self._served = [(group, ops.resolve(group, self.backend)[0]) for group in groups]
+        served = [(group, ops.resolve(group, self.backend)[0]) for group in groups]
+        self._retire_groups()
+        self._served = served
         self._layout = layout
-        return self._served
+        return served
+
+    def _retire_groups(self) -> None:
+        """Collect the groups anew. A CUDA graph that recorded a step goes on using the memory of the old."""
+        self._graphs_hold += [group for group, _ in self._served or [] if group.is_captured]
+        self._served = None
 
     def _present_layout(self) -> list[Any]:
         """Which parameters there are, in which param group, under which metric."""
@@ -681,14 +694,14 @@ class SAM(Optimizer):
                 group.setdefault(key, value)
             self._adopt_group(index)
         self._own_rho = own_rho  # a loaded value is no wish of the user's to leave the schedule
-        self._served = None
+        self._retire_groups()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_idle("copying or pickling")
         # As in torch.optim, hooks and what was assigned to methods stay behind: closures do not pickle.
-        transient = ("_served", "_layout", "_measure", "step", "closure_kwargs")
+        transient = ("_served", "_graphs_hold", "_layout", "_measure", "step", "closure_kwargs")
         return {
             key: value
             for key, value in self.__dict__.items()
@@ -698,6 +711,7 @@ class SAM(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # gives empty places for hooks and names the step to the profiler
         self._served, self._layout, self._measure = None, [], None
+        self._graphs_hold = []
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1].rstrip()}\nRecipe: {self.recipe.name}\n)"

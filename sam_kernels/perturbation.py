@@ -67,6 +67,7 @@ def perturb(served: Served, found: Measure) -> None:
             group.take_snapshots()
             group.is_perturbed = True
             backend.perturb_(group, found.norm.to(group.device), **arguments)
+            group.drop_gradients()
     except BaseException:
         restore(served)
         raise

@@ -156,7 +156,8 @@ def _moments(
         if getattr(step, "dtype", None) != torch.float32:
             # A number in old checkpoints, float64 under that default dtype; float32 counts to 16 million.
             step = entry["step"] = torch.tensor(float(step), dtype=torch.float32)
-        if counts_on_device and step.device != group.device:
+        # Counters of torch's own stay on the host, unless the pass must find them beside the weights.
+        if step.device != group.device and (counts_on_device or step.device.type != "cpu"):
             entry["step"] = step.to(group.device)
     moments = {name: [entry.get(name) for entry in entries] for name in ("exp_avg", "exp_avg_sq", "step")}
     _fit(base, group, "exp_avg", moments["exp_avg"])
@@ -197,7 +198,7 @@ def _entries(base: Optimizer, group: TensorGroup) -> list[dict[str, Any]]:
 
 
 def _fit(base: Optimizer, group: TensorGroup, name: str, tensors: list[Any]) -> None:
-    """Re-order state that a checkpoint brought in other strides or dtype, once per set of tensors."""
+    """Fit state that a checkpoint or a moved model left in other strides, dtype or device, once per set."""
     identities = list(map(id, tensors))
     if group.cache.get(f"fitted {name}") == identities:
         return
@@ -210,7 +211,7 @@ def _fit(base: Optimizer, group: TensorGroup, name: str, tensors: list[Any]) -> 
                 f"{name} of parameter {t} has shape {tuple(tensor.shape)}; expected {tuple(param.shape)}. "
                 "The state that was loaded belongs to another model"
             )
-        if tensor.stride() == param.stride() and tensor.dtype == param.dtype:
+        if (tensor.stride(), tensor.dtype, tensor.device) == (param.stride(), param.dtype, param.device):
             continue
         tensors[t] = _empty_like(param).copy_(tensor)
         base.state[param][name] = tensors[t]

@@ -53,6 +53,14 @@ def lives_on_device(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether torch's current stream on the device records a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory without gaps or overlaps, in any order."""
     expected = 1
@@ -96,6 +104,7 @@ class TensorGroup:
         self.cache: dict[str, Any] = {}
         self.is_perturbed = False
         self.has_all_grads = False
+        self.is_captured = False  # whether a CUDA graph has recorded addresses of ours
         self.reads = 0  # how often gradients were read; what a backend keeps of them is stamped with it
         self._applies = applies if applies is not None else [True] * len(params)
         self._applies_tensor: Tensor | None = None
@@ -157,16 +166,24 @@ class TensorGroup:
             (r, c, x) for r, row in enumerate(rows) for c, x in enumerate(row) if isinstance(x, Tensor)
         ]
         self.follows_tensors = bool(tensors)
+        self.is_captured = self.is_captured or is_capturing(self.device)
         self._write_numbers([tuple(0.0 if isinstance(x, Tensor) else x for x in row) for row in rows])
         for r, c, x in tensors:
             self.table[r, c].copy_(x.detach())
+
+    def fill_table(self, row: tuple[float, ...]) -> None:
+        """Write one row by operations of the device alone, which a CUDA graph may record."""
+        for c, x in enumerate(row):
+            if x:
+                self.table[0, c].fill_(x)
+        self.rows = [row]
 
     def _write_numbers(self, rows: list[tuple[float, ...]]) -> None:
         if rows == self.rows:
             return
         padded = torch.tensor([[*r, *[0.0] * (COLUMNS - len(r))] for r in rows], dtype=torch.float64)
         if self.device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
+            if is_capturing(self.device):
                 raise RuntimeError(
                     "a hyperparameter changed during the capture of a CUDA graph, and a replay would repeat "
                     "its old value; take one step with these values before capturing"
@@ -205,6 +222,10 @@ class TensorGroup:
             self.has_all_grads = not has_none(grads)
         self.grads = grads
         self.reads += 1
+
+    def drop_gradients(self) -> None:
+        """Let go of the gradients: held on to, they would outlive `zero_grad` and the next backward."""
+        self.grads = [None] * len(self.params)
 
     # ---- snapshots -----------------------------------------------------------------------------
 

@@ -41,11 +41,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if parameters.get("backend") != "interpreted" or "recipe" not in parameters:
+        recipe, base = parameters.get("recipe"), parameters.get("base")
+        if parameters.get("backend") != "interpreted" or recipe not in RECIPES or base not in BASES:
             continue
-        bases = [case.label for case in BASES]
-        base = getattr(parameters.get("base"), "label", bases[0])
-        number = [case.label for case in RECIPES].index(parameters["recipe"].label) + bases.index(base)
+        number = RECIPES.index(recipe) + BASES.index(base)
         if parameters.get("dtype") == torch.float64:
             number += 2
         if number % 4:

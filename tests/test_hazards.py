@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from fixtures import assert_close, backward_of, base_state, every_backend, same_bits, small_net, values
 from torch.nn import Parameter
 
-from sam_kernels import SAM, recipes, running_stats
+from sam_kernels import SAM, recipes, running_stats, state, tensor_groups
+from sam_kernels.tensor_groups import TensorGroup
 
 
 def parameters(*numbers: float, dtype=torch.float32) -> list[Parameter]:
@@ -248,3 +251,105 @@ def test_h13_sparse_gradients_equal_dense_ones(base, adaptive, backend):
             opt.step(closure)
         trained.append([t for stop in stops for t in stop] + values(weights) + base_state(opt))
     assert_close(trained[1], trained[0], 1e-6)
+
+
+# ---- memory and devices ----------------------------------------------------------------------------
+
+
+@every_backend
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+def test_gradients_that_were_dropped_are_freed(backend, base):
+    # Held on to, they would stand beside the next backward's: four bytes a parameter at the peak.
+    weights = parameters(1.0, 2.0)
+    opt = SAM(weights, base, lr=0.1, backend=backend)
+    for form in (opt.first_step, opt.second_step):
+        for w in weights:
+            w.grad = torch.ones(1)
+        held = [weakref.ref(w.grad) for w in weights]
+        form(zero_grad=True)
+        gc.collect()
+        assert [grad() for grad in held] == [None, None]
+
+
+def test_a_step_that_fails_lets_go_of_its_gradients(monkeypatch):
+    weights = parameters(1.0)
+    opt = SAM(weights, torch.optim.SGD, lr=0.1, backend="reference")
+    opt.step(lambda: weights[0].pow(2).sum().backward())
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    backend = opt._groups()[0][1]
+    monkeypatch.setattr(type(backend), "perturb_", broken)
+    weights[0].grad = torch.ones(1)
+    held = weakref.ref(weights[0].grad)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        opt.first_step()
+    weights[0].grad = None
+    gc.collect()
+    assert held() is None
+
+
+def moved_group():
+    """Weights on a device that has no memory here, as a group; whatever is on the CPU did not move along."""
+    weight = Parameter(torch.ones(3, device="meta"))
+    group = TensorGroup([weight], [0], [(0, 1, 0.0)])
+    group.grads, group.has_all_grads = [torch.ones(3, device="meta")], True
+    return weight, group
+
+
+@pytest.mark.parametrize(("base", "rule"), [(torch.optim.SGD, "sgd"), (torch.optim.Adam, "adam")])
+def test_state_follows_weights_to_another_device(base, rule):
+    weight, group = moved_group()
+    opt = base([weight], lr=0.1, **({"momentum": 0.9} if rule == "sgd" else {}))
+    names = ["momentum_buffer"] if rule == "sgd" else ["exp_avg", "exp_avg_sq"]
+    opt.state[weight] = {name: torch.zeros(3) for name in names}
+    if rule == "adam":
+        opt.state[weight]["step"] = torch.tensor(4.0)
+    slots = state.slots(opt, group, rule, counts_on_device=False)
+    for name in names:
+        assert slots[name][0].device.type == "meta"
+        assert opt.state[weight][name] is slots[name][0]
+    if rule == "adam":
+        assert slots["step"][0].device.type == "cpu"  # torch's own place for it
+        group.cache.clear()
+        assert state.slots(opt, group, rule, counts_on_device=True)["step"][0].device.type == "meta"
+
+
+def test_a_counter_left_on_a_device_comes_back_with_the_weights():
+    (weight,) = parameters(1.0)
+    group = TensorGroup([weight], [0], [(0, 1, 0.0)])
+    group.grads, group.has_all_grads = [torch.ones(1)], True
+    opt = torch.optim.Adam([weight], lr=0.1)
+    opt.state[weight] = {name: torch.zeros(1) for name in ("exp_avg", "exp_avg_sq")}
+    moved = []
+
+    class Elsewhere(torch.Tensor):
+        device = property(lambda self: torch.device("cuda", 0))
+
+        def to(self, device):
+            moved.append(device)
+            return torch.tensor(4.0)
+
+    opt.state[weight]["step"] = torch.tensor(4.0).as_subclass(Elsewhere)
+    assert state.slots(opt, group, "adam")["step"][0].device.type == "cpu"
+    assert moved == [torch.device("cpu")]
+
+
+def test_groups_whose_memory_a_graph_holds_outlive_their_successors(monkeypatch):
+    weights = parameters(1.0)
+    opt = SAM(weights, torch.optim.SGD, lr=0.1)
+    opt.step(lambda: weights[0].pow(2).sum().backward())
+    monkeypatch.setattr(tensor_groups, "is_capturing", lambda device: True)
+    opt.step(lambda: weights[0].pow(2).sum().backward())
+    monkeypatch.undo()
+    captured = weakref.ref(opt._groups()[0][0])
+    opt.load_state_dict(opt.state_dict())
+    opt.step(lambda: weights[0].pow(2).sum().backward())
+    gc.collect()
+    assert captured() is not None and captured() is not opt._groups()[0][0]
+    later = weakref.ref(opt._groups()[0][0])
+    opt.load_state_dict(opt.state_dict())
+    opt.step(lambda: weights[0].pow(2).sum().backward())
+    gc.collect()
+    assert later() is None  # no graph knows that one

@@ -138,7 +138,10 @@ def test_operators_run_inside_a_compiled_graph():
         (lambda w, g: ops.combine_([w], [g], torch.zeros(1, 2)), "coefficients is torch.float32"),
         (lambda w, g: ops.descend_sgd_(w, g, [], [], lr=0.1, momentum=0.9), "expected momentum_buffers"),
         (lambda w, g: ops.descend_adam_(w, g, [], w, w, [], lr=0.1), "steps has 0 tensors"),
-        (lambda w, g: ops.restore_(w, g, backend="tritn"), "'tritn' is not known. Known: native, foreach"),
+        (
+            lambda w, g: ops.restore_(w, g, backend="tritn"),
+            "'tritn' is not known. Known: native, triton, foreach",
+        ),
     ],
 )
 def test_bad_lists_get_a_sentence_and_nothing_moves(call, message):
@@ -147,3 +150,21 @@ def test_bad_lists_get_a_sentence_and_nothing_moves(call, message):
     with pytest.raises(ValueError, match=message):
         call(w, g)
     assert all(torch.equal(x, y) for x, y in zip(w, before, strict=True))
+
+
+def test_counters_on_another_device_are_refused():
+    w, zero = [torch.ones(2)], torch.zeros(2)
+    step = torch.zeros((), device="meta")
+    with pytest.raises(ValueError, match=r"descend_adam_: steps\[0\] is on meta; .* expects it on cpu"):
+        ops.descend_adam_(w, [torch.ones(2)], [], [zero.clone()], [zero.clone()], [step], lr=0.1)
+    assert torch.equal(w[0], torch.ones(2))
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_passes_give_the_same_where_their_scalars_are_filled_on_the_device(monkeypatch, captures):
+    monkeypatch.setattr(ops, "is_capturing", lambda device: captures)
+    w, snapshots = [torch.tensor([1.0, -2.0])], [torch.zeros(2)]
+    norm = ops.sq_norm([torch.tensor([3.0, 4.0])], w, adaptive=True, eta=0.5)
+    assert norm.item() == pytest.approx(4.5**2 + 10**2)
+    ops.perturb_(w, [torch.tensor([3.0, 4.0])], snapshots, torch.tensor(5.0), rho=0.5)
+    torch.testing.assert_close(w[0], torch.tensor([1.3, -1.6]))

@@ -98,8 +98,8 @@ def names() -> list[str]:
     """Known backends, best first.
 
     Example:
-        >>> names()[:3]
-        ['native', 'foreach', 'reference']
+        >>> names()[:4]
+        ['native', 'triton', 'foreach', 'reference']
     """
     return [*_ORDER, *(name for name in _registered if name not in _ORDER)]
 

@@ -311,7 +311,7 @@ def _open_cuda() -> Any:
     if not path.exists():
         return (
             "the CUDA library was not built with this installation (python -m sam_kernels.doctor says why); "
-            "reinstall where nvcc is, or use backend='foreach'"
+            "reinstall where nvcc is, or use backend='triton'"
         )
     try:
         return _native.Library(str(path))

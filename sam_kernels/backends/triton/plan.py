@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...tensor_groups import is_capturing
+
 Tensors = Sequence[Tensor | None]
 
 # Chunks are powers of two between these; the smallest is the largest block of any dtype, so that a whole
@@ -149,7 +151,7 @@ class Plan:
         Raises:
             RuntimeError: if an address changed while a CUDA graph is captured.
         """
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = is_capturing(self.device)
         if self._is_stale:
             if capturing:
                 raise RuntimeError(

@@ -38,8 +38,8 @@ def load() -> tuple[Any, str | None]:
     except ImportError as problem:
         if problem.name == "triton":
             return None, (
-                "Triton is not installed; pip install 'triton>=3.6' brings it (Linux, NVIDIA and AMD), or use "
-                "backend='foreach'"
+                "Triton is not installed; pip install 'triton>=3.6' brings it (on Linux, for NVIDIA and "
+                "AMD), or use backend='foreach'"
             )
         return None, f"Triton could not be imported: {problem}"
     except Exception as problem:  # whatever a broken installation raises, importing us does not
@@ -73,8 +73,8 @@ def device_problem(index: int) -> str | None:
 
     if triton.knobs.runtime.interpret:
         return (
-            "TRITON_INTERPRET is set, and the interpreter runs on the host, where it cannot follow addresses of "
-            "a GPU; unset it"
+            "TRITON_INTERPRET is set, and the interpreter runs on the host, where it cannot follow addresses "
+            "of a GPU; unset it"
         )
     try:
         with torch.cuda.device(index):

@@ -3,8 +3,18 @@
 import triton
 import triton.language as tl
 
-from ..codes import ADAPTIVE, COLUMN_ETA, COLUMN_METRIC, COLUMNS, EUCLIDEAN, FIXED, GRADS, PARAMS, SNAPSHOTS
-from ..codes import POWERED as POWERED
+from ..codes import (
+    ADAPTIVE,
+    COLUMN_ETA,
+    COLUMN_METRIC,
+    COLUMNS,
+    EUCLIDEAN,
+    FIXED,
+    GRADS,
+    PARAMS,
+    POWERED,
+    SNAPSHOTS,
+)
 from ..engine import address, copy_chunk, find_chunk, is_finite, read, write
 from ..math.metric import Adaptive
 from ..math.perturb import Perturb, Powered, apply_perturb, perturb_scale

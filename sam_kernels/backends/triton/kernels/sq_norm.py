@@ -3,8 +3,19 @@
 import triton
 import triton.language as tl
 
-from ..codes import ADAPTIVE, COLUMN_ETA, COLUMN_METRIC, COLUMNS, EUCLIDEAN, FIXED, GRADS, PARAMS, PEAK, POWER
-from ..codes import SQUARE as SQUARE
+from ..codes import (
+    ADAPTIVE,
+    COLUMN_ETA,
+    COLUMN_METRIC,
+    COLUMNS,
+    EUCLIDEAN,
+    FIXED,
+    GRADS,
+    PARAMS,
+    PEAK,
+    POWER,
+    SQUARE,
+)
 from ..engine import address, find_chunk, is_last_program, larger, largest, read
 from ..math.metric import Adaptive, Power, adaptive_weigh, apply_power, apply_square, euclidean_weigh
 from ..math.power import power

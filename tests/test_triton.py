@@ -1,0 +1,257 @@
+"""The Triton backend around its kernels: what it refuses and why, what it uploads, how often it launches."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import interpreted
+import numpy as np
+import pytest
+import torch
+from torch.nn import Parameter
+
+from sam_kernels import SAM, backends
+from sam_kernels.backends import triton
+from sam_kernels.backends.triton import plan, runtime
+from sam_kernels.tensor_groups import TensorGroup
+
+
+def stand_in(device="cuda", dtype=torch.float32, dense=True):
+    """What `refusal` looks at, on a device this machine may not have."""
+    return SimpleNamespace(device=torch.device(device, 0), dtype=dtype, dense=dense)
+
+
+@pytest.fixture
+def fresh_runtime():
+    """Nothing is remembered of what Triton was or could do."""
+    for found in (runtime.load, runtime.device_problem):
+        found.cache_clear()
+    yield
+    for found in (runtime.load, runtime.device_problem):
+        found.cache_clear()
+
+
+@pytest.fixture
+def without_kernels(monkeypatch, fresh_runtime):
+    """Triton's modules can be taken away, or replaced, until the test is over."""
+
+    def replace(module):
+        for name in [name for name in sys.modules if name == "triton" or name.startswith("triton.")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "triton", module)
+
+    return replace
+
+
+# ---- what is refused, and why ----------------------------------------------------------------------
+
+
+def test_it_stands_between_the_compiled_engine_and_foreach():
+    assert backends.names()[:3] == ["native", "triton", "foreach"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"device": "cpu"}, "the Triton passes serve cuda tensors, not cpu ones"),
+        ({"dtype": torch.float8_e4m3fn}, "calculate in float32, float64, bfloat16, float16, not in float8"),
+        ({"dense": False}, "a view with gaps or overlaps"),
+    ],
+)
+def test_refusals_are_sentences(changed, sentence):
+    assert sentence in triton.BACKEND.refusal(stand_in(**changed))
+
+
+def test_without_triton_the_sentence_says_how_to_get_it(without_kernels):
+    without_kernels(None)  # what import finds for a module that is not there
+    sentence = triton.BACKEND.refusal(stand_in())
+    assert sentence.startswith("Triton is not installed; pip install 'triton>=3.6'")
+    assert runtime.describe() == sentence
+
+
+def test_a_triton_that_is_too_old_is_refused(without_kernels):
+    without_kernels(SimpleNamespace(__version__="3.5.1"))
+    assert triton.BACKEND.refusal(stand_in()).startswith(
+        "Triton 3.5.1 is too old; the passes need 3.6 or newer"
+    )
+
+
+def test_a_triton_that_breaks_at_import_is_a_sentence(monkeypatch, without_kernels):
+    def broken(name, *rest):
+        if name == "triton":
+            raise OSError("libtriton.so: file too short")
+        return whole(name, *rest)
+
+    whole = __builtins__["__import__"]
+    monkeypatch.setitem(__builtins__, "__import__", broken)
+    assert "could not be imported: OSError: libtriton.so" in triton.BACKEND.refusal(stand_in())
+
+
+@interpreted.needed
+def test_the_interpreter_is_refused_for_addresses_of_a_gpu(fresh_runtime):
+    assert "TRITON_INTERPRET is set" in triton.BACKEND.refusal(stand_in())
+
+
+@interpreted.needed
+def test_a_device_it_cannot_compile_for_is_a_sentence(monkeypatch, fresh_runtime):
+    import triton as compiler
+
+    def no_target():
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "device", lambda index: SimpleNamespace(__enter__=None))
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=no_target))
+    monkeypatch.setattr(compiler.runtime, "driver", driver)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
+    sentence = runtime.device_problem(0)
+    assert sentence == "Triton cannot compile for this device: RuntimeError: Failed to find C compiler"
+
+
+def test_asked_for_by_name_where_it_cannot_serve_it_raises():
+    with pytest.raises(RuntimeError, match="'triton' was requested for .* not cpu ones"):
+        SAM([Parameter(torch.ones(2))], torch.optim.SGD, lr=0.1, backend="triton").first_step()
+
+
+def test_importing_the_package_neither_imports_triton_nor_prints():
+    code = "import sys, sam_kernels, sam_kernels.backends.triton; assert 'triton' not in sys.modules"
+    # torch itself may import Triton; then there is nothing to see here
+    bare = subprocess.run(
+        [sys.executable, "-c", "import sys, torch; sys.exit('triton' in sys.modules)"], capture_output=True
+    )
+    if bare.returncode:
+        code = "import sam_kernels, sam_kernels.backends.triton"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# ---- chunks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [0],
+        [1],
+        [4095, 4096, 4097, 0],
+        [3 * 65536 + 1] * 500,
+        [t % 7 for t in range(5000)],
+        [2**31 + 5, 3],
+    ],
+    ids=str,
+)
+def test_every_element_is_in_one_chunk(sizes):
+    chunks, first = plan.cut(sizes, list(range(len(sizes))))
+    tensor, begin, length, number, row = chunks.T
+    assert sorted(number) == list(range(len(chunks)))
+    assert (row == tensor).all()
+    order = np.argsort(number)
+    for t in range(len(sizes)):
+        mine = order[first[t] : first[t + 1]]
+        assert (tensor[mine] == t).all()
+        ends = begin[mine] + length[mine]
+        assert begin[mine][0] == 0 and ends[-1] == sizes[t] and (begin[mine][1:] == ends[:-1]).all()
+    assert (np.diff(length) <= 0).all()  # longest first
+    assert length.max() <= plan.LARGEST
+
+
+def test_chunks_depend_on_the_total_size_alone():
+    assert [plan.chunk_size(n) for n in (0, 8 << 20, (8 << 20) - 1, 1 << 40)] == [4096, 8192, 4096, 65536]
+
+
+# ---- addresses -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table():
+    return plan.Plan([3, 0, 5], [0, 0, 0], torch.device("cpu"))
+
+
+def tensors():
+    return [torch.zeros(3), torch.zeros(0), torch.zeros(5)]
+
+
+def test_addresses_are_uploaded_only_when_one_changed(table, monkeypatch):
+    uploads = []
+    upload = table._upload
+    monkeypatch.setattr(table, "_upload", lambda: (uploads.append(1), upload()))
+    lists = tensors()
+    for _ in range(3):
+        table.point(plan.List.PARAMS, "params", lists, torch.float32)
+        table.addresses()
+    assert len(uploads) == 1
+    table.point(plan.List.GRADS, "grads", [lists[0], None, lists[2]], torch.float32)
+    assert table.addresses()[plan.List.GRADS].tolist() == [lists[0].data_ptr(), 0, lists[2].data_ptr()]
+    assert len(uploads) == 2
+
+
+def test_a_tensor_without_elements_takes_part(table):
+    assert table.point(plan.List.PARAMS, "params", tensors(), torch.float32) == 3
+    assert table.addresses()[plan.List.PARAMS, 1] != 0
+
+
+def test_an_address_that_changes_during_a_capture_is_refused_and_a_graph_keeps_its_table(table, monkeypatch):
+    lists = tensors()
+    table.point(plan.List.PARAMS, "params", lists, torch.float32)
+    table.addresses()
+    monkeypatch.setattr(plan, "is_capturing", lambda device: True)
+    captured = table.addresses()
+    kept = captured.clone()
+    table.point(plan.List.PARAMS, "params", tensors(), torch.float32)
+    with pytest.raises(RuntimeError, match="during the capture of a CUDA graph.*set_to_none=False"):
+        table.addresses()
+    monkeypatch.setattr(plan, "is_capturing", lambda device: False)
+    later = table.addresses()
+    assert later is not captured and torch.equal(captured, kept) and not torch.equal(later, kept)
+
+
+# ---- launches --------------------------------------------------------------------------------------
+
+
+@interpreted.needed
+@pytest.mark.parametrize(
+    ("base", "options"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})], ids=["sgd", "adamw"]
+)
+@pytest.mark.parametrize("count", [1, 3, 700])
+def test_a_step_is_three_launches(monkeypatch, base, options, count):
+    weights = [Parameter(torch.ones(2)) for _ in range(count)]
+    opt = SAM(weights, base, lr=0.1, backend="interpreted", **options)
+    launched = []
+    launch = triton.Triton._launch
+
+    def counted(self, kernel, *rest, **more):
+        launched.append(kernel)
+        launch(self, kernel, *rest, **more)
+
+    monkeypatch.setattr(triton.Triton, "_launch", counted)
+    for w in weights:
+        w.grad = torch.ones(2)
+    opt.first_step()
+    for w in weights:
+        w.grad = torch.ones(2)
+    opt.second_step()
+    assert launched == ["sq_norm", "perturb", "descend"]
+
+
+@interpreted.needed
+@pytest.mark.parametrize("programs", [1, 2, 7, 64])
+def test_the_number_of_programs_changes_no_bit(monkeypatch, programs):
+    def step():
+        torch.manual_seed(3)
+        params = [torch.randn(size, requires_grad=True) for size in (9000, 1, 0, 4097)]
+        group = TensorGroup(params, [0] * 4, [(0, 2, 0.01)])
+        group.write_table([(2.0, 0.01, 0.05, 1e-12)])
+        group.grads = [torch.randn_like(p, requires_grad=False) for p in params]
+        group.take_snapshots()
+        with torch.no_grad():
+            norm = interpreted.BACKEND.sq_norm(group, root=2.0)
+            interpreted.BACKEND.perturb_(group, norm)
+            dots = interpreted.BACKEND.grad_stats(group, [group.grads, group.params])
+        return [norm, dots, *params]
+
+    monkeypatch.setattr(triton, "_INTERPRETED_PROGRAMS", 3)
+    expected = step()
+    monkeypatch.setattr(triton, "_INTERPRETED_PROGRAMS", programs)
+    assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
