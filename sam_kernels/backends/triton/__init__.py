@@ -27,9 +27,12 @@ _RULES = {"sgd": 0, "adam": 1}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _BITS = {2: "int16", 4: "int32", 8: "int64"}
 
-# Elements of a block: two 16-byte loads for each of 256 threads.
+# A block is two 16-byte loads for each of 256 threads; half of that where a kernel would run out of registers
+# otherwise: powers take many, and so do sixteen elements at a time with their moments.
 _BLOCK_BYTES = 8192
 _LAUNCH = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
+# Left to itself, NVIDIA's assembler spills a few registers of kernels with powers to fit one more block beside.
+_POWERS_LAUNCH = {**_LAUNCH, "maxnreg": 128} if torch.version.hip is None else _LAUNCH
 _PROGRAMS_PER_PROCESSOR = 4
 # Under the interpreter programs run one after the other; a few show what more than one does.
 _INTERPRETED_PROGRAMS = 3
@@ -94,7 +97,7 @@ class Triton:
             plan.partials,
             plan.counter,
             total,
-            **_types(group.dtype),
+            **_types(group.dtype, is_heavy=moment == "power"),
             MOMENT=_MOMENTS[moment],
             HAS_ADAPTIVE=reads_weights,
             Q=q,
@@ -130,7 +133,7 @@ class Triton:
             plan.chunks,
             plan.count,
             *(scalars(x, group, torch.float64) for x in (norm, peak, tensor_scale)),
-            **_types(group.dtype),
+            **_types(group.dtype, is_heavy=shape == "powered"),
             SHAPE=_SHAPES[shape],
             HAS_ADAPTIVE=group.reads_weights,
             Q=q,
@@ -217,7 +220,7 @@ class Triton:
             scalars(found_inf, group, torch.float32),
             scalars(inv_scale, group, torch.float32),
             plan.counter,
-            **_types(group.dtype),
+            **_types(group.dtype, is_heavy=rule == "adam" and group.dtype.itemsize == 2),
             RULE=_RULES[rule],
             HAS_BUFFERS=rule == "sgd" and state["momentum_buffer"] > 0,
         )
@@ -251,9 +254,13 @@ class Triton:
     def _launch(self, kernel: str, plan: Plan, *arguments: Any, **constants: Any) -> None:
         kernels = load()[0]
         grid = min(plan.chunks, _programs(plan.device))
+        with_powers = _MOMENTS["power"] == constants.get("MOMENT") or _SHAPES["powered"] == constants.get(
+            "SHAPE"
+        )
+        options = _POWERS_LAUNCH if with_powers else _LAUNCH
         with _on(plan.device):
             getattr(kernels, kernel)[(grid,)](
-                plan.layout, plan.addresses(), *arguments, **constants, **_LAUNCH
+                plan.layout, plan.addresses(), *arguments, **constants, **options
             )
 
 
@@ -266,13 +273,14 @@ def _plan(group: TensorGroup) -> Plan:
     return plan
 
 
-def _types(dtype: torch.dtype) -> dict[str, Any]:
+def _types(dtype: torch.dtype, is_heavy: bool = False) -> dict[str, Any]:
     """Stored type, calculating type and block size of a dtype, as kernels take them."""
     import triton.language as tl
 
     stored = getattr(tl, str(dtype)[6:])
     calculating = tl.float64 if dtype == torch.float64 else tl.float32
-    return {"T": stored, "S": calculating, "BLOCK": _BLOCK_BYTES // dtype.itemsize}
+    block = _BLOCK_BYTES // (2 if is_heavy else 1) // dtype.itemsize
+    return {"T": stored, "S": calculating, "BLOCK": block}
 
 
 def _bits(dtype: torch.dtype) -> dict[str, Any]:
