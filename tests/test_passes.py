@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sam_kernels.backends import foreach, native, reference
+from sam_kernels.backends import foreach, native, reference, triton
 from sam_kernels.tensor_groups import ADAPTIVE, COLUMNS, EUCLIDEAN, FIXED, Column, TensorGroup
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "no_grad")
@@ -32,11 +32,26 @@ def on(backend, device="cpu"):
 # The backends that are compared with the reference, and where they run.
 REFERENCE = pytest.param(on(reference.BACKEND), id="reference")
 FOREACH = pytest.param(on(foreach.BACKEND), id="foreach")
-FOREACH_CUDA = [pytest.param(on(foreach.BACKEND, "cuda"), id="foreach-cuda")] * torch.cuda.is_available()
 NATIVE = pytest.param(on(native.BACKEND), id="native", marks=no_native)
 EMULATED = pytest.param(on(emulated.BACKEND), id="emulated", marks=emulated.needed)
 INTERPRETED = pytest.param(on(interpreted.BACKEND), id="interpreted", marks=interpreted.needed)
-OTHERS = [FOREACH, *FOREACH_CUDA, NATIVE, EMULATED, INTERPRETED]
+
+
+def on_cuda(backend):
+    """The backend on the GPU, skipped with its own sentence if it refuses; nothing where there is no GPU."""
+    if not torch.cuda.is_available():
+        return []
+    reason = backend.refusal(SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32, dense=True))
+    mark = pytest.mark.skipif(reason is not None, reason=str(reason))
+    return [pytest.param(on(backend, "cuda"), id=f"{backend.name}-cuda", marks=mark)]
+
+
+FOREACH_CUDA = on_cuda(foreach.BACKEND)
+NATIVE_CUDA = on_cuda(native.BACKEND)
+TRITON_CUDA = on_cuda(triton.BACKEND)
+# Those that walk whole blocks of lists of one dtype.
+KERNELS = [NATIVE, *NATIVE_CUDA, EMULATED, INTERPRETED, *TRITON_CUDA]
+OTHERS = [FOREACH, *FOREACH_CUDA, *KERNELS]
 ALL = [REFERENCE, *OTHERS]
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -78,15 +93,15 @@ def no_grad():
 # ---- groups ----------------------------------------------------------------------------------------
 
 
-def make_tensor(shape, dtype, memory):
+def make_tensor(shape, dtype, memory, device="cpu"):
     """Standard normal values in a dense tensor: contiguous, off a cache line, or channels last."""
-    values = torch.randn(shape, dtype=F64).to(dtype)
+    values = torch.randn(shape, dtype=F64).to(dtype)  # on the CPU: the same everywhere
     if memory == "misaligned":
-        block = torch.zeros(values.numel() + 1, dtype=dtype)
+        block = torch.zeros(values.numel() + 1, dtype=dtype, device=device)
         return block[1:].view(shape).copy_(values)
     if memory == "channels_last" and values.dim() == 4:
-        return values.to(memory_format=torch.channels_last)
-    return values
+        return values.to(device, memory_format=torch.channels_last)
+    return values.to(device)
 
 
 def make_group(
@@ -98,8 +113,8 @@ def make_group(
     `snapshots` hands out buffers of NaN.
     """
     torch.manual_seed(seed)
-    params = [make_tensor(s, dtype, memory).to(device).requires_grad_() for s in shapes]
-    grads = [make_tensor(s, dtype, memory).to(device) for s in shapes]
+    params = [make_tensor(s, dtype, memory, device).requires_grad_() for s in shapes]
+    grads = [make_tensor(s, dtype, memory, device) for s in shapes]
     row = [t % len(rows) for t in range(len(shapes))]
     keys = [(0, int(r[Column.METRIC]), r.get(Column.ETA, 0.0)) for r in rows]
     group = TensorGroup(params, row, keys)
@@ -308,7 +323,7 @@ def test_the_root_is_taken_of_the_whole_sum_only(side, root):
     np.testing.assert_allclose(each.sum(), total, rtol=SUM[F32])
 
 
-@pytest.mark.parametrize("side", [REFERENCE, NATIVE, EMULATED, INTERPRETED])
+@pytest.mark.parametrize("side", [REFERENCE, *KERNELS])
 @pytest.mark.parametrize("size", [1e25, 1e-24], ids=str)
 @pytest.mark.parametrize("metric", [EUCLIDEAN, ADAPTIVE])
 def test_squares_may_leave_the_range_of_fp32(side, size, metric):
@@ -690,13 +705,13 @@ def test_a_zero_coefficient_never_reads(side):
 @pytest.mark.parametrize("side", ALL)
 def test_combine_into_slots_of_another_dtype(side):
     # A policy may keep its moving average in fp32 beside bf16 weights.
-    if side.backend.name in ("native", "emulated", "interpreted"):
-        group = make_group(BF16)
+    group = make_group(BF16, device=side.device)
+    if side.backend.name in ("native", "emulated", "interpreted", "triton"):
         with pytest.raises((RuntimeError, ValueError), match="combine.*dtype"):
             lists = [make_lists(group, 1, dtype=d)[0] for d in (F32, BF16)]
-            side.backend.combine_(group, lists[:1], lists, torch.ones(1, 2, dtype=F64))
+            weights = torch.ones(1, 2, dtype=F64, device=side.device)
+            side.backend.combine_(group, lists[:1], lists, weights)
         return
-    group = make_group(BF16, device=side.device)
     ema, grads = make_lists(group, 1, dtype=F32)[0], make_lists(group, 1)[0]
     expected = [0.9 * numbers(m) + 0.1 * numbers(g) for m, g in zip(ema, grads, strict=True)]
     weights = torch.tensor([[0.9, 0.1]], dtype=F64, device=side.device)
@@ -1067,7 +1082,11 @@ def test_thousands_of_tiny_tensors(side):
     # An interpreter takes ten milliseconds for each; 500 are more than its programs and still one launch.
     count = 500 if side.backend.name == "interpreted" else 5000
     shapes = [(t % 7,) for t in range(count)]
-    group, twin = (make_group(F32, shapes, rows=full_rows(), missing=range(0, count, 11)) for _ in range(2))
+    # The reference would launch a hundred kernels for each; it stays on the CPU.
+    group, twin = (
+        make_group(F32, shapes, rows=full_rows(), missing=range(0, count, 11), device=device)
+        for device in (side.device, "cpu")
+    )
     got, expected = every_pass(side.backend, group), every_pass(reference.BACKEND, twin)
     np.testing.assert_allclose(numbers(got[0]), numbers(expected[0]), rtol=1e-5)
     assert_close(got[3:], expected[3:], F32, roundings=POWER)

@@ -1,1 +1,1 @@
-"""What only a GPU can give, by `make gpu-check`: proof that the CUDA kernels are right, and figures."""
+"""What only a GPU can give, by `make gpu-check`: proof that our kernels on it are right, and figures."""

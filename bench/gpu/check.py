@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +27,7 @@ from rich.table import Table
 from .. import machine
 from ..records import Row
 from ..report import number
-from . import ceilings, correctness, kernels, phase, sweeps, training
+from . import ceilings, correctness, kernels, ours, phase, sweeps, training
 from .device import Gpu, GpuResults, absence, describe, rate, slug
 from .predictions import EXPECTATIONS, ceiling, kind_of
 from .session import Session, Unfinished, Unit
@@ -148,12 +148,12 @@ def run_stage(stage: Stage, session: Session, resume: bool) -> int:
     """All units of a stage, each saved as soon as it is measured."""
     session.log(f"\nstage {stage.number}, {stage.title}")
     session.log("  " + "  ".join(f"{key} {value}" for key, value in session.results.machine.items()))
-    if stage.is_figure:
-        missing = correctness.missing(session, session.results, only_direct=True)
-        if missing:
-            session.log(f"  not begun: no figure without a passed stage 2, which lacks {', '.join(missing)}")
-            return WRONG
     status = 0
+    if stage.is_figure:
+        admitted, status = _admitted(session)
+        if not admitted:
+            return WRONG
+        session = replace(session, backends=admitted)
     for unit in stage.units(session):
         if resume and session.results.has(unit.name):
             session.log(f"{unit.name}: done by an earlier run")
@@ -164,6 +164,22 @@ def run_stage(stage: Stage, session: Session, resume: bool) -> int:
             session.log("  the CUDA context is lost; the units after this one are left to --resume")
             return WRONG
     return status
+
+
+def _admitted(session: Session) -> tuple[tuple[str, ...], int]:
+    """The backends that stage 2 has passed; WRONG if there is one that it has not."""
+    admitted, status = [], 0
+    for backend in session.gpu.backends:
+        lacking = correctness.missing(session, session.results, backend, only_direct=True)
+        reason = ours.absence(backend, session.gpu.device)
+        if lacking:
+            status = WRONG
+            reason = f"no figure without a passed stage 2, which lacks {', '.join(lacking)}"
+        if reason is None:
+            admitted.append(backend)
+        else:
+            session.log(f"  {backend} is not measured: {reason}")
+    return tuple(admitted), status
 
 
 def _worse(a: int, b: int) -> int:
@@ -205,7 +221,7 @@ def lines_of(rows: list[Row], results: GpuResults) -> Iterator[str]:
     for row in rows:
         if "p50" not in row:
             continue
-        line = f"{row['peer']:<24} {row['metric']:<20} {number(row['p50']):>9}"
+        line = f"{row['peer']:<24} {row['metric']:<22} {number(row['p50']):>9}"
         line += f"  {number(row['p20'])} .. {number(row['p80'])}"
         if "bytes" in row:
             kind = kind_of(row["peer"])

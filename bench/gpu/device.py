@@ -25,7 +25,7 @@ from .. import machine
 from ..records import Results, Row
 
 # A unit measured under another one of these has to be measured again.
-_FINGERPRINT = ("gpu", "driver", "torch", "tree")
+_FINGERPRINT = ("gpu", "driver", "torch", "triton", "tree")
 
 # What a unit must not contain to count as done.
 _UNDONE = ("wrong", "unfinished")
@@ -54,7 +54,8 @@ class Gpu:
         index: which.
     """
 
-    backend = "native"  # what is checked and measured
+    backends = ("native", "triton")  # what is checked and measured
+    cpu_engine = "native"  # what they are held against on the CPU
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cuda", index)

@@ -1,9 +1,13 @@
-"""Stage 3: every pass by itself over the lists of known models, held against the measured ceilings."""
+"""Stage 3: every pass by itself over the lists of known models, held against the measured ceilings.
+
+All backends take part in the same rounds; a row names its own, as "triton perturb_".
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,6 +18,7 @@ from ..passes import BYTES
 from ..records import Row, measured, single
 from ..timing import Contestant, interleave
 from .lists import CASES, numel
+from .ours import beside, named
 from .session import Session, Unit
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -27,6 +32,8 @@ _SPARE_BYTES = 2 * 2**30
 # A list that half fits the L2 is measured twice: the same one again and again, and several in turn.
 _MOST_SETS = 4
 
+_LEAST_LEAD = 200  # microseconds
+
 _SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
 _ADAM = {"lr": 1e-4, "weight_decay": 0.01}
 
@@ -38,7 +45,7 @@ def units(session: Session) -> Iterator[Unit]:
 
 
 def bytes_of(name: str, dtype: torch.dtype, elements: int) -> float:
-    """Bytes a pass has to move: one read or write of each list it touches."""
+    """Bytes a pass has to move, whoever runs it: one read or write of each list it touches."""
     return BYTES[name] * dtype.itemsize / 4 * elements
 
 
@@ -52,7 +59,6 @@ class Set:
 
     def __init__(self, shapes: list[Shape], dtype: torch.dtype, session: Session, lists: int) -> None:
         self.shapes, self.dtype, self.device = shapes, dtype, session.gpu.device
-        self.backend_name = session.gpu.backend
         self.weights = [w.requires_grad_() for w in self._drawn(WEIGHT_SIZE)]
         self.grads, self.snapshots = self._drawn(GRAD_SIZE), self._drawn(WEIGHT_SIZE)
         self.mean = self._drawn(GRAD_SIZE) if lists >= 4 else []
@@ -66,11 +72,11 @@ class Set:
     def _drawn(self, size: float) -> list[Tensor]:
         return [torch.empty(s, dtype=self.dtype, device=self.device).normal_(0, size) for s in self.shapes]
 
-    def calls(self) -> dict[str, Callable[[], object]]:
-        """The passes; lists that were not made have none."""
+    def calls(self, name: str) -> dict[str, Callable[[], object]]:
+        """The passes of a backend; lists that were not made have none."""
         from sam_kernels.backends import get
 
-        backend = get(self.backend_name)
+        backend = get(name)
         sgd, adam = self._group(_SGD), self._group(_ADAM)
         norm = backend.sq_norm(sgd).sqrt()
         found: dict[str, Callable[[], object]] = {
@@ -88,7 +94,7 @@ class Set:
                 "step": self.steps,
             }
             found["descend_ adamw"] = lambda: backend.descend_(adam, "adam", moments)
-        return {name: _without_grad(call) for name, call in found.items()}
+        return {named(name, what): _without_grad(call) for what, call in found.items()}
 
     def _group(self, options: dict[str, float]):  # type: ignore[no-untyped-def]
         from sam_kernels.tensor_groups import COLUMNS, EUCLIDEAN, Column, TensorGroup
@@ -130,7 +136,8 @@ def measure(case: str, dtype: torch.dtype, session: Session) -> list[Row]:
     while len(sets) < wanted and (len(sets) + 1) * _LISTS <= fitting:
         sets.append(Set(shapes, dtype, session, lists))
     rows = [
-        single(name, "skipped", f"{need} lists do not fit the memory that is free")
+        single(named(backend, name), "skipped", f"{need} lists do not fit the memory that is free")
+        for backend in session.backends
         for name, need in _NEEDS.items()
         if need > lists
     ]
@@ -140,25 +147,41 @@ def measure(case: str, dtype: torch.dtype, session: Session) -> list[Row]:
 
 def _timed(sets: list[Set], dtype: torch.dtype, elements: int, session: Session) -> list[Row]:
     """Milliseconds of one pass over sets in turn, eager and in a graph; where there are more, over one."""
-    calls = [one.calls() for one in sets]
     contestants: dict[str, Contestant] = {}
-    for name in calls[0]:
-        turn = [found[name] for found in calls]
-        contestants[f"{name}/eager"] = _eager(turn, "eager_ms", session)
-        contestants[f"{name}/graph"] = _graph(turn, session)
-        if len(turn) > 1:
-            contestants[f"{name}/again"] = _eager([turn[0]] * len(turn), "same_list_ms", session)
+    for backend in session.backends:
+        calls = [one.calls(backend) for one in sets]
+        for name in calls[0]:
+            turn = [found[name] for found in calls]
+            contestants[f"{name}/eager"] = _eager(turn, "eager_ms", session)
+            contestants[f"{name}/graph"] = _graph(turn, session)
+            if len(turn) > 1:
+                contestants[f"{name}/again"] = _eager([turn[0]] * len(turn), "same_list_ms", session)
     rows = []
     for label, parts in interleave(contestants, session.effort(8)).items():
         name = label.split("/")[0]
         for metric, samples in parts.items():
-            count = bytes_of(name, dtype, elements)
+            count = bytes_of(name.split(" ", 1)[1], dtype, elements)
             rows.append(measured(name, metric, [1e3 * s for s in samples], bytes=count))
-    return rows
+    first, *others = session.backends
+    pairs = {named(other, what): named(first, what) for other in others for what in PASSES}
+    return rows + beside(rows, pairs, first)
 
 
 def _eager(turn: list[Callable[[], object]], metric: str, session: Session) -> Contestant:
-    return lambda: {metric: sum(session.gpu.laps(turn, ahead=200)) / len(turn)}
+    ahead = _lead(turn, session)
+    return lambda: {metric: sum(session.gpu.laps(turn, ahead=ahead)) / len(turn)}
+
+
+def _lead(turn: list[Callable[[], object]], session: Session) -> float:
+    """Microseconds by which the host has to be ahead of the device, so that only the device is timed."""
+
+    def all_of() -> None:
+        for call in turn:
+            call()
+
+    all_of()  # compiles, where that is left to the first call
+    host = median(session.gpu.host_seconds(all_of, is_busy=True) for _ in range(3))
+    return max(_LEAST_LEAD, 2e6 * host)
 
 
 def _graph(turn: list[Callable[[], object]], session: Session) -> Contestant:

@@ -1,7 +1,7 @@
 """Stage 4: the optimizer phase of a SAM step against the peers of the CPU benchmark, on the device.
 
 Every peer passes the same gate as there (float64 trajectory, seeded gradients). A graph is timed only
-if its replays end where the peer's own eager steps end.
+if its replays end where the peer's own eager steps end. Each of our backends is a peer, in the same rounds.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 
 from .. import oracle
 from ..cases import give_gradients
-from ..peers import COPY, SPECS, Spec, Unavailable
+from ..peers import COPY, Spec, Unavailable
 from ..records import Row, measured, single
 from ..timing import Contestant, interleave
 from .device import QUEUE, median_of
 from .lists import CASES, DeviceBase, DeviceWorkspace, base_for, numel
+from .ours import NATIVE, OURS, SPECS, beside, withheld
 from .session import Session, Unfinished, Unit
 
-OURS = "ours_native"
 _WARMUP, _REPLAYS = 3, 3
 _MOST_REFERENCED = 30_000_000  # elements; the reference backend is for reading and checking
 _COMPILE_SECONDS = 240  # torch.compile of both halves twice; less time left than that and it is not begun
@@ -32,7 +32,7 @@ _COMPILE_SECONDS = 240  # torch.compile of both halves twice; less time left tha
 # Peers that are captured in a graph, what is least sure to succeed last: a capture that fails may spoil
 # those after it. The others are not tried: eager SAM swaps p.data, so that a replay would start from the
 # perturbed weights, and the rest may look at the device from the host.
-_GRAPHED = (OURS, "base_alone", "foreach", "compile_own", "compile_torch")
+_GRAPHED = (*OURS, "base_alone", "foreach", "compile_own", "compile_torch")
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ def units(session: Session) -> Iterator[Unit]:
         yield Unit(question.name, partial(_measure, question))
 
 
-def refusal(question: Question, spec: Spec, elements: int) -> str | None:
+def refusal(question: Question, spec: Spec, elements: int, session: Session) -> str | None:
     """Why a peer takes no part here, or None."""
     if spec.key == "ours_reference" and elements > _MOST_REFERENCED:
         return "it is for reading and checking, and is checked on smaller lists"
-    if (spec.kind == "compiled") != question.compiled and spec.key != OURS:
+    if (spec.kind == "compiled") != question.compiled and spec.key not in OURS:
         return "it has a unit of its own" if spec.kind == "compiled" else "only torch.compile stands here"
-    return None
+    return withheld(spec.key, session)
 
 
 def bytes_needed(question: Question, elements: int) -> int:
@@ -112,13 +112,13 @@ def _measure(question: Question, session: Session) -> list[Row]:
     rows: list[Row] = []
     peers: dict[str, Any] = {}
     for key, spec in SPECS.items():
-        reason = refusal(question, spec, workspace.numel)
+        reason = refusal(question, spec, workspace.numel, session)
         if reason is None:
             found, peer = _admit(question, spec, workspace, truth, session)
             rows += found
             if peer is not None and key != "ours_reference":  # it is for reading and checking
                 peers[key] = peer
-        elif (spec.kind == "compiled") == question.compiled:
+        elif (spec.kind == "compiled") == question.compiled or key in OURS:
             rows.append(single(key, "skipped", reason))
     del truth
     rows += _counted(peers, workspace, session)
@@ -183,35 +183,47 @@ def _walk(
     return peer, errors, lasted
 
 
-def one_step(peer: Any, workspace: DeviceWorkspace) -> Callable[[], None]:
-    """A whole step with the workspace's gradients."""
+def one_step(peer: Any, workspace: DeviceWorkspace, is_in_place: bool = False) -> Callable[[], None]:
+    """A whole step with the workspace's gradients, or with the first ones twice: gradients in one place.
+
+    Where gradients are depends on the program: zero_grad(set_to_none=False) and graphs keep them in place.
+    """
+    second = workspace.first if is_in_place else workspace.second
 
     def run() -> None:
         give_gradients(peer.params, workspace.first)
         peer.step_phase1()
-        give_gradients(peer.params, workspace.second)
+        give_gradients(peer.params, second)
         peer.step_phase2()
 
     return run
 
 
 def _counted(peers: dict[str, Any], workspace: DeviceWorkspace, session: Session) -> list[Row]:
-    """Launches, host time and extra memory of a step."""
-    gpu, rows = session.gpu, []
+    """Launches, host time and extra memory of a step; of ours the first two also with gradients in place."""
+    rows = []
     for key, peer in peers.items():
         step = one_step(peer, workspace)
-        step()
-        launches = gpu.launches(step)
-        # More launches than a busy device takes would make the host wait for it.
-        is_busy = launches is not None and launches <= QUEUE
-        host = median_of(lambda step=step, is_busy=is_busy: gpu.host_seconds(step, is_busy), 20)  # type: ignore[misc]
-        rows += [
-            single(key, "launches", launches),
-            measured(key, "host_us", [1e6 * s for s in host], device="busy" if is_busy else "idle"),
-            # What it keeps between steps was made before; what comes on top is measured.
-            single(key, "peak_extra_bytes", gpu.peak_extra(step) + _held(peer)),
-        ]
+        rows += _host(key, step, "", session)
+        if key in OURS:
+            rows += _host(key, one_step(peer, workspace, is_in_place=True), "_in_place", session)
+        # What it keeps between steps was made before; what comes on top is measured.
+        rows.append(single(key, "peak_extra_bytes", session.gpu.peak_extra(step) + _held(peer)))
     return rows
+
+
+def _host(key: str, step: Callable[[], None], suffix: str, session: Session) -> list[Row]:
+    """Launches and host time of a step."""
+    gpu = session.gpu
+    step()
+    launches = gpu.launches(step)
+    # More launches than a busy device takes would make the host wait for it.
+    is_busy = launches is not None and launches <= QUEUE
+    host = [1e6 * s for s in median_of(lambda: gpu.host_seconds(step, is_busy), 20)]
+    return [
+        single(key, f"launches{suffix}", launches),
+        measured(key, f"host_us{suffix}", host, device="busy" if is_busy else "idle"),
+    ]
 
 
 def _held(peer: Any) -> int:
@@ -233,12 +245,12 @@ def _eager(
 
     contestants = {key: contestant(one_step(peer, workspace)) for key, peer in peers.items()}
     contestants[COPY] = _copy(question, workspace, session)
-    return _rows(interleave(contestants, session.effort(10)), question, workspace)
+    return _timed(interleave(contestants, session.effort(10)), question, workspace)
 
 
 def _copy(question: Question, workspace: DeviceWorkspace, session: Session) -> Contestant:
     """The bytes of our step as plain copies: what the memory allows."""
-    count = _bytes(OURS, question, workspace)
+    count = _bytes(OURS[0], question, workspace)
     # A copy reads and writes; vectors beyond 2 GiB would only take memory from the peers.
     elements = max(1, min(int(count / 8), 2**29))
     out, x = (torch.zeros(elements, device=session.gpu.device) for _ in range(2))
@@ -253,23 +265,26 @@ def _copy(question: Question, workspace: DeviceWorkspace, session: Session) -> C
 
 
 def _bytes(key: str, question: Question, workspace: DeviceWorkspace) -> float:
-    spec = SPECS[OURS if key == COPY else key]
+    spec = SPECS[OURS[0] if key == COPY else key]
     first, second = spec.phase_bytes(base_of(question, spec), workspace.dtype.itemsize)
     return (first + second) * workspace.numel
 
 
-def _rows(
+def _timed(
     samples: dict[str, dict[str, list[float]]], question: Question, workspace: DeviceWorkspace
 ) -> list[Row]:
-    return [
+    """Rows of samples, and ours beside the native one."""
+    rows = [
         measured(key, metric, [1e3 * s for s in seconds], bytes=_bytes(key, question, workspace))
         for key, parts in samples.items()
         for metric, seconds in parts.items()
     ]
+    first, *others = OURS
+    return rows + beside(rows, dict.fromkeys(others, first), NATIVE)
 
 
 def _graphed(question: Question, workspace: DeviceWorkspace, session: Session, passed: set[str]) -> list[Row]:
-    """Milliseconds of replayed steps."""
+    """Milliseconds of replayed steps; gradients are in one place, as those of a captured backward are."""
     gpu, rows = session.gpu, []
     replays: dict[str, Callable[[], object]] = {}
     for key in (key for key in _GRAPHED if key in passed):
@@ -287,7 +302,7 @@ def _graphed(question: Question, workspace: DeviceWorkspace, session: Session, p
 
     if replays:
         contestants = {key: contestant(replay) for key, replay in replays.items()}
-        rows += _rows(interleave(contestants, session.effort(6)), question, workspace)
+        rows += _timed(interleave(contestants, session.effort(6)), question, workspace)
     return rows
 
 
@@ -297,14 +312,14 @@ def _capture(
     """The replay of a captured step, after it was seen to do what eager steps do."""
     workspace.reset()
     eager = make(question, spec, workspace, graph=True)
-    step = one_step(eager, workspace)
+    step = one_step(eager, workspace, is_in_place=True)
     for _ in range(_WARMUP + _REPLAYS):
         step()
     want = [p.detach().clone() for p in eager.params]
     del eager, step
     workspace.reset()
     peer = make(question, spec, workspace, graph=True)
-    replay = session.gpu.capture(one_step(peer, workspace), warmup=_WARMUP)
+    replay = session.gpu.capture(one_step(peer, workspace, is_in_place=True), warmup=_WARMUP)
     for _ in range(_REPLAYS):
         replay()
     session.gpu.synchronize()

@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..goals import Goal, Outcome, faster_than
+from ..goals import OURS, Goal, Outcome, faster_than
 from ..records import Results, Row
 from .ceilings import COPY, READ, TRIAD
 from .device import rate
+from .kernels import PASSES
 from .lists import LARGE
-from .phase import OURS
+from .ours import NATIVE, TRITON, key, named
 
 _RESNET, _XL = "phase/resnet50/sgd/float32", "phase/gpt2_xl/adamw/float32"
 _COMPILED = ("phase/resnet50/sgd/float32/compiled", "phase/vit_l/adamw/float32/compiled")
 _COMPILERS = ("compile_own", "compile_torch")
 _EAGER = ("eager_default", "eager_foreach", "eager_fused")
+_GRAPH_RATIO, _EAGER_RATIO = f"graph_to_{NATIVE}", f"eager_to_{NATIVE}"
 
 
 @dataclass(frozen=True)
@@ -44,20 +46,23 @@ def fraction(row: Row | None, of: float | None) -> Outcome:
 
 
 def kind_of(name: str) -> str:
-    """The ceiling a pass is held against: a pass that only reads, against reading."""
-    return READ if name == "sq_norm" else COPY
+    """The ceiling a pass, whoever runs it, is held against: one that only reads, against reading."""
+    return READ if name.endswith("sq_norm") else COPY
 
 
 def pass_fraction(results: Results, unit: str, name: str, metric: str = "graph_ms") -> Outcome:
     return fraction(results.find(unit, name, metric), ceiling(results, kind_of(name)))
 
 
-def _worst_pass(name: str, dtype: str) -> Callable[[Results], Outcome]:
+Measure = Callable[[Results], Outcome]
+
+
+def _worst_pass(backend: str, name: str, dtype: str) -> Measure:
     """The smallest fraction over the large lists: a goal is met by all or not at all."""
 
     def measure(results: Results) -> Outcome:
         units = [f"kernels/{case}/{dtype}" for case in LARGE]
-        found = {unit: pass_fraction(results, unit, name) for unit in units}
+        found = {unit: pass_fraction(results, unit, named(backend, name)) for unit in units}
         known = {unit: outcome for unit, outcome in found.items() if outcome.value is not None}
         if not known:
             return Outcome(None)
@@ -68,7 +73,7 @@ def _worst_pass(name: str, dtype: str) -> Callable[[Results], Outcome]:
     return measure
 
 
-def _rate(kind: str) -> Callable[[Results], Outcome]:
+def _rate(kind: str) -> Measure:
     return lambda results: Outcome(_tera(ceiling(results, kind)))
 
 
@@ -76,7 +81,7 @@ def _tera(giga: float | None) -> float | None:
     return None if giga is None else giga / 1e3
 
 
-def _value(unit: str, peer: str, metric: str) -> Callable[[Results], Outcome]:
+def _value(unit: str, peer: str, metric: str) -> Measure:
     def measure(results: Results) -> Outcome:
         row = results.find(unit, peer, metric)
         if row is None:
@@ -86,11 +91,11 @@ def _value(unit: str, peer: str, metric: str) -> Callable[[Results], Outcome]:
     return measure
 
 
-def _roofline_in_graph(unit: str) -> Callable[[Results], Outcome]:
+def _roofline_in_graph(unit: str) -> Measure:
     return lambda results: fraction(results.find(unit, OURS, "graph_ms"), ceiling(results, COPY))
 
 
-def _against_compiled(metric: str) -> Callable[[Results], Outcome]:
+def _against_compiled(metric: str) -> Measure:
     """The worst of the lists torch.compile was tried with."""
 
     def measure(results: Results) -> Outcome:
@@ -101,19 +106,81 @@ def _against_compiled(metric: str) -> Callable[[Results], Outcome]:
     return measure
 
 
+_DTYPES = ("float32", "bfloat16")
+
+
 def _passes() -> list[Expectation]:
     predicted = {"sq_norm": "0.97 of read", "perturb_": "0.98", "restore_": "1.0"}
     return [
         Expectation(
             f"{name}, {dtype}, lists of 300M and more: share of the {kind_of(name)} rate",
             0.92,
-            _worst_pass(name, dtype),
+            _worst_pass(NATIVE, name, dtype),
             unit="",
             prediction=predicted.get(name, "0.98"),
         )
-        for dtype in ("float32", "bfloat16")
-        for name in ("sq_norm", "perturb_", "restore_", "descend_ sgd", "descend_ adamw")
+        for dtype in _DTYPES
+        for name in PASSES
     ]
+
+
+def _slowest_of_triton(dtype: str) -> Measure:
+    """The largest of the passes' ratios to native over the large lists."""
+
+    def measure(results: Results) -> Outcome:
+        found = [
+            (row["p50"], row["p20"], row["p80"], f"{name}, {case}")
+            for case in LARGE
+            for name in PASSES
+            if (row := results.find(f"kernels/{case}/{dtype}", named(TRITON, name), _GRAPH_RATIO)) is not None
+        ]
+        return Outcome(*max(found)) if found else Outcome(None)
+
+    return measure
+
+
+def _shares_of_triton() -> list[Expectation]:
+    return [
+        Expectation(
+            f"Triton: {name}, {dtype}, lists of 300M and more: share of the {kind_of(name)} rate",
+            0.0,
+            _worst_pass(TRITON, name, dtype),
+            unit="",
+            prediction="0.88",
+        )
+        for dtype in _DTYPES
+        for name in PASSES
+    ]
+
+
+def _of_triton(text: str, unit: str, metric: str, prediction: str = "", counted: str = "x") -> Expectation:
+    measure = _value(unit, key(TRITON), metric)
+    return Expectation(f"Triton: {text}", 0.0, measure, counted, -1, prediction)
+
+
+# No goals: Triton serves where nothing was compiled at installation, and the native engine is the fast one.
+_TRITON = (
+    *_shares_of_triton(),
+    *(
+        Expectation(
+            f"Triton: the slowest pass over native's, {dtype}, lists of 300M and more",
+            0.0,
+            _slowest_of_triton(dtype),
+            sign=-1,
+            prediction="up to 1.1",
+        )
+        for dtype in _DTYPES
+    ),
+    _of_triton("1.5B list, AdamW, step over native's, in a graph", _XL, _GRAPH_RATIO, "up to 1.1"),
+    _of_triton("1.5B list, AdamW, step over native's, eager", _XL, _EAGER_RATIO, "up to 1.1"),
+    _of_triton("ResNet-50's list, SGD, step over native's, in a graph", _RESNET, _GRAPH_RATIO),
+    _of_triton("ResNet-50's list, SGD, step over native's, eager", _RESNET, _EAGER_RATIO),
+    _of_triton("ResNet-50's list: launches, gradients in place", _RESNET, "launches_in_place", "3", ""),
+    _of_triton("ResNet-50's list: launches, gradients elsewhere", _RESNET, "launches", "5", ""),
+    _of_triton(
+        "ResNet-50's list: host time, gradients in place", _RESNET, "host_us_in_place", "45 to 150", " us"
+    ),
+)
 
 
 def _model(name: str, batch: int, prediction: str) -> Expectation:
@@ -146,7 +213,12 @@ EXPECTATIONS = (
     ),
     Expectation("ResNet-50's list, SGD: launches a step", 3, _value(_RESNET, OURS, "launches"), "", -1, "3"),
     Expectation(
-        "ResNet-50's list, SGD: host time a step", 30, _value(_RESNET, OURS, "host_us"), " us", -1, "25 to 60"
+        "ResNet-50's list, SGD: host time a step",
+        30,
+        _value(_RESNET, OURS, "host_us"),
+        " us",
+        -1,
+        "25 to 60",
     ),
     Expectation(
         "ResNet-50's list, SGD, against eager SAM",
@@ -190,4 +262,5 @@ EXPECTATIONS = (
     _model("vit_l", 64, "1.02"),
     _model("gpt2", 4, "1.05 to 1.1"),
     _model("gpt2", 16, "1.02"),
+    *_TRITON,
 )

@@ -20,6 +20,7 @@ class Session:
     Attributes:
         cap: cut every tensor to this many elements: a first look, whose figures mean nothing.
         ends: when the stage has to be over, in seconds of time.monotonic.
+        backends: those of ours that take part; all of the device's if none is named.
     """
 
     gpu: Gpu
@@ -27,6 +28,10 @@ class Session:
     log: Log
     cap: int | None = None
     ends: float = field(default_factory=lambda: time.monotonic() + 450)
+    backends: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.backends = self.backends or self.gpu.backends
 
     def left(self) -> float:
         """Seconds this stage still has."""

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..peers import SPECS, Unavailable
+from ..peers import Unavailable
 from ..records import Row, measured, single
 from ..timing import Contestant, interleave
 from ..training import PLAIN
 from . import models
 from .lists import base_for
+from .ours import NATIVE, OURS, SPECS, beside, withheld
 from .session import Session, Unit
 
-PEERS = ("ours_native", "eager_default", "eager_fused", PLAIN)
+PEERS = (*OURS, "eager_default", "eager_fused", PLAIN)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _measure(name: str, batch: int, session: Session) -> list[Row]:
     for key in PEERS:
         own = copy.deepcopy(model)
         try:
-            peer = _peer(key, task, own)
+            peer = _peer(key, task, own, session)
             contestants[key] = training_step(own, peer, inputs, targets, 1 if key == PLAIN else 2, session)
             contestants[key]()
         except Unavailable as reason:
@@ -87,13 +88,18 @@ def _measure(name: str, batch: int, session: Session) -> list[Row]:
         rows.append(measured(key, "total_ms", [1e3 * s for s in totals]))
         rows.append(measured(key, f"{task.item}_per_second", [items / s for s in totals]))
         session.log(f"  {key}: {rows[-1]['p50']:,.0f} {task.item}/s")
+    first, *others = OURS
+    rows += beside(rows, dict.fromkeys(others, first), NATIVE)
     parameters = list(model.parameters())
     about = {"case": name, "base": task.base, "batch": batch, "precision": "bfloat16 autocast"}
     about |= {"tensors": len(parameters), "numel": sum(p.numel() for p in parameters)}
     return [{**about, **row} for row in rows]
 
 
-def _peer(key: str, task: Task, model: nn.Module) -> Any:
+def _peer(key: str, task: Task, model: nn.Module, session: Session) -> Any:
+    reason = withheld(key, session)
+    if reason is not None:
+        raise Unavailable(reason)
     spec = SPECS["base_alone" if key == PLAIN else key]
     return spec.make(list(model.parameters()), base_for(task.base, counts_on_device=False))
 
