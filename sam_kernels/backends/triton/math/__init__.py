@@ -1,0 +1,1 @@
+"""Formulas per element, mirroring csrc/math name by name."""
