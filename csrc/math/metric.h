@@ -11,7 +11,7 @@ namespace samk {
 struct Euclidean {
   static constexpr bool kReadsWeight = false;
   template <class V>
-  SAMK_HD V weigh(V d, V) const {
+  SAMK_HD V weigh(V d, V /*w*/) const {
     return d;
   }
 };
