@@ -36,7 +36,7 @@ demo: $(READY) ## train on real data with SGD, SAM and ASAM; print and draw what
 test: lint test-cpp test-python ## lint, C++ tests (plain and under sanitizers), Python tests
 
 test-python: $(READY) ## Python tests
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-cpp: $(READY) ## C++ tests, plain and under AddressSanitizer and UBSan
 	@$(call ctest_in,build/cpp,)

@@ -6,6 +6,7 @@ of a block are fibers. It is built here when it is older than its sources, which
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -47,8 +48,16 @@ def _build() -> str | None:
     return None
 
 
+def _build_once() -> str | None:
+    """Build unless another process of the tests has, or is about to."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return None if _is_fresh() else _build()
+
+
 def _load() -> tuple[native.Native, str | None]:
-    problem = native._problem or (None if _is_fresh() else _build())
+    problem = native._problem or _build_once()
     libraries = {"cpu": native._native.Library(str(LIBRARY))} if problem is None else {"cpu": problem}
     return native.Native("emulated", libraries), problem
 
