@@ -31,7 +31,7 @@ _BITS = {2: "int16", 4: "int32", 8: "int64"}
 # otherwise: powers take many, and so do sixteen elements at a time with their moments.
 _BLOCK_BYTES = 8192
 _LAUNCH = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
-# Left to itself, NVIDIA's assembler spills a few registers of kernels with powers to fit one more block beside.
+# Left to itself, NVIDIA's assembler spills a few registers of kernels with powers to fit one more block in.
 _POWERS_LAUNCH = {**_LAUNCH, "maxnreg": 128} if torch.version.hip is None else _LAUNCH
 _PROGRAMS_PER_PROCESSOR = 4
 # Under the interpreter programs run one after the other; a few show what more than one does.
@@ -97,7 +97,7 @@ class Triton:
             plan.partials,
             plan.counter,
             total,
-            **_types(group.dtype, is_heavy=moment == "power"),
+            **_settings(group.dtype, takes_powers=moment == "power"),
             MOMENT=_MOMENTS[moment],
             HAS_ADAPTIVE=reads_weights,
             Q=q,
@@ -133,7 +133,7 @@ class Triton:
             plan.chunks,
             plan.count,
             *(scalars(x, group, torch.float64) for x in (norm, peak, tensor_scale)),
-            **_types(group.dtype, is_heavy=shape == "powered"),
+            **_settings(group.dtype, takes_powers=shape == "powered"),
             SHAPE=_SHAPES[shape],
             HAS_ADAPTIVE=group.reads_weights,
             Q=q,
@@ -159,7 +159,7 @@ class Triton:
             plan.partials,
             plan.counter,
             dots,
-            **_types(dtype),
+            **_settings(dtype),
             COUNT=len(lists),
         )
         return dots
@@ -179,7 +179,7 @@ class Triton:
             plan.chunks,
             plan.count,
             scalars(coefficients, group, torch.float64),
-            **_types(dtype),
+            **_settings(dtype),
             IN=len(lists),
             OUT=len(outs),
         )
@@ -220,7 +220,7 @@ class Triton:
             scalars(found_inf, group, torch.float32),
             scalars(inv_scale, group, torch.float32),
             plan.counter,
-            **_types(group.dtype, is_heavy=rule == "adam" and group.dtype.itemsize == 2),
+            **_settings(group.dtype, has_moments=rule == "adam"),
             RULE=_RULES[rule],
             HAS_BUFFERS=rule == "sgd" and state["momentum_buffer"] > 0,
         )
@@ -254,14 +254,8 @@ class Triton:
     def _launch(self, kernel: str, plan: Plan, *arguments: Any, **constants: Any) -> None:
         kernels = load()[0]
         grid = min(plan.chunks, _programs(plan.device))
-        with_powers = _MOMENTS["power"] == constants.get("MOMENT") or _SHAPES["powered"] == constants.get(
-            "SHAPE"
-        )
-        options = _POWERS_LAUNCH if with_powers else _LAUNCH
         with _on(plan.device):
-            getattr(kernels, kernel)[(grid,)](
-                plan.layout, plan.addresses(), *arguments, **constants, **options
-            )
+            getattr(kernels, kernel)[(grid,)](plan.layout, plan.addresses(), *arguments, **constants)
 
 
 def _plan(group: TensorGroup) -> Plan:
@@ -273,20 +267,23 @@ def _plan(group: TensorGroup) -> Plan:
     return plan
 
 
-def _types(dtype: torch.dtype, is_heavy: bool = False) -> dict[str, Any]:
-    """Stored type, calculating type and block size of a dtype, as kernels take them."""
+def _settings(dtype: torch.dtype, takes_powers: bool = False, has_moments: bool = False) -> dict[str, Any]:
+    """Stored type, calculating type, block size and launch options, as kernels take them."""
     import triton.language as tl
 
-    stored = getattr(tl, str(dtype)[6:])
-    calculating = tl.float64 if dtype == torch.float64 else tl.float32
-    block = _BLOCK_BYTES // (2 if is_heavy else 1) // dtype.itemsize
-    return {"T": stored, "S": calculating, "BLOCK": block}
+    halves = 2 if takes_powers or (has_moments and dtype.itemsize == 2) else 1
+    return {
+        "T": getattr(tl, str(dtype)[6:]),
+        "S": tl.float64 if dtype == torch.float64 else tl.float32,
+        "BLOCK": _BLOCK_BYTES // halves // dtype.itemsize,
+        **(_POWERS_LAUNCH if takes_powers else _LAUNCH),
+    }
 
 
 def _bits(dtype: torch.dtype) -> dict[str, Any]:
     import triton.language as tl
 
-    return {"T": getattr(tl, _BITS[dtype.itemsize]), "BLOCK": _BLOCK_BYTES // dtype.itemsize}
+    return {"T": getattr(tl, _BITS[dtype.itemsize]), "BLOCK": _BLOCK_BYTES // dtype.itemsize, **_LAUNCH}
 
 
 def _require(group: TensorGroup, rule: str, slots: dict[str, list[Any]], names: list[str]) -> None:

@@ -1,0 +1,212 @@
+"""Compiles what the Triton backend would launch, for GPUs that need not be here: a program, not a test.
+
+    python tests/aot.py SOURCES FOLDER TARGET:DTYPE,...[:PASS,...] ...
+
+as in `sm_90:float32+,float64 gfx942:float32:restore`, where + asks for every variant. The backend itself is
+asked for its passes, so arguments, constants and launch options are its own; what it would launch is compiled
+by the way that a launch takes, up to the launch. FOLDER gets the code, and index.json that lists it.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Launch(NamedTuple):
+    kernel: str
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]  # constexpr arguments and launch options
+
+
+# ---- what the backend asks for ----
+
+
+class Recorder:
+    """Stands where the kernels stand: `recorder.restore[grid](...)` is kept instead of run."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+
+    def __getattr__(self, kernel: str) -> Any:
+        def keep(*arguments: Any, **constants: Any) -> None:
+            self.launches.append(Launch(kernel, arguments, constants))
+
+        return type("Kernel", (), {"__getitem__": lambda self, grid: keep})()
+
+
+def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any]]]:
+    """(name, call of a pass) for every variant, or for those whose code differs most."""
+    import torch
+
+    from sam_kernels.tensor_groups import ADAPTIVE, EUCLIDEAN, Column, TensorGroup
+
+    one = torch.ones((), dtype=torch.float64)
+    by_tensor = torch.ones(2, dtype=torch.float64)
+    amp = {"found_inf": torch.zeros(()), "inv_scale": torch.ones(())}
+
+    def tensors() -> list[Any]:
+        return [torch.ones(size, dtype=getattr(torch, dtype)) for size in (5000, 3)]
+
+    def group(metric: int = EUCLIDEAN, momentum: float = 0.0) -> TensorGroup:
+        made = TensorGroup(tensors(), [0, 0], [(0, metric, 0.01)])
+        row = [0.5] * len(Column)
+        row[Column.MOMENTUM] = momentum
+        made.rows = [tuple(row)]
+        made.grads, made.snapshots = tensors(), tensors()
+        return made
+
+    def sq_norm(metric: int, **arguments: Any):
+        return lambda backend: backend.sq_norm(group(metric), **arguments)
+
+    def perturb(metric: int, **arguments: Any):
+        return lambda backend: backend.perturb_(group(metric), one, **arguments)
+
+    def grad_stats(count: int):
+        return lambda backend: backend.grad_stats(group(), [tensors() for _ in range(count)])
+
+    def combine(ins: int, outs: int):
+        lists, coefficients = [tensors() for _ in range(ins + outs)], torch.ones(outs, ins)
+        return lambda backend: backend.combine_(group(), lists[:outs], lists[outs:], coefficients)
+
+    def sgd(momentum: float = 0.0, **checks: Any):
+        buffers = tensors() if momentum else [None, None]
+        return lambda backend: backend.descend_(
+            group(momentum=momentum), "sgd", {"momentum_buffer": buffers}, **checks
+        )
+
+    def adam(**checks: Any):
+        steps = [torch.zeros(()), torch.zeros(())]
+        slots = {"exp_avg": tensors(), "exp_avg_sq": tensors(), "step": steps}
+        return lambda backend: backend.descend_(group(), "adam", slots, **checks)
+
+    power = {"moment": "power", "q": 1.5, "root": 1.5, "peak": one}
+    powered = {"shape": "powered", "q": 3.0, "peak": one}
+
+    yield "sq_norm square", sq_norm(EUCLIDEAN, root=2.0, per_tensor=True)
+    yield "sq_norm square adaptive", sq_norm(ADAPTIVE, root=2.0)
+    yield "sq_norm power adaptive", sq_norm(ADAPTIVE, **power)
+    yield "perturb linear", perturb(EUCLIDEAN, tensor_scale=by_tensor)
+    yield "perturb powered adaptive", perturb(ADAPTIVE, **powered)
+    yield "restore", lambda backend: backend.restore_(group())
+    yield "grad_stats 3", grad_stats(3)
+    yield "combine 3 to 2", combine(3, 2)
+    yield "descend sgd", sgd()
+    yield "descend sgd momentum", sgd(0.9, guard=one, **amp)
+    yield "descend adam", adam(guard=one)
+    if not every:
+        return
+    yield "sq_norm peak", sq_norm(EUCLIDEAN, moment="peak", per_tensor=True)
+    yield "sq_norm peak adaptive", sq_norm(ADAPTIVE, moment="peak")
+    yield "sq_norm power", sq_norm(EUCLIDEAN, per_tensor=True, **power)
+    yield "perturb linear adaptive", perturb(ADAPTIVE)
+    yield "perturb sign", perturb(EUCLIDEAN, shape="sign")
+    yield "perturb sign adaptive", perturb(ADAPTIVE, shape="sign", tensor_scale=by_tensor)
+    yield "perturb powered", perturb(EUCLIDEAN, tensor_scale=by_tensor, **powered)
+    for count in (1, 2):
+        yield f"grad_stats {count}", grad_stats(count)
+    for ins, outs in ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2)):
+        yield f"combine {ins} to {outs}", combine(ins, outs)
+    yield "descend sgd guarded", sgd(guard=one)
+    yield "descend sgd momentum unguarded", sgd(0.9)
+    yield "descend adam amp", adam(guard=one, **amp)
+    yield "descend adam unguarded", adam()
+
+
+def launches(vendor: str, dtype: str, every: bool, names: list[str]) -> Iterator[tuple[str, Launch]]:
+    """What the backend launches for the variants, or for those of the given names."""
+    import torch
+
+    from sam_kernels.backends import triton
+
+    torch.version.hip = "as if" if vendor == "amd" else None
+    importlib.reload(triton)  # its launch options are settled by whose torch this is
+    for name, call in variants(dtype, every):
+        if not names or name in names:
+            recorder = Recorder()
+            triton.load = lambda recorder=recorder: (recorder, None)
+            call(triton.Triton("recorded", "cpu"))
+            yield from ((name, launch) for launch in recorder.launches)
+
+
+# ---- compiling it ----
+
+
+class Driver:
+    """As much of a GPU as compiling needs."""
+
+    def __init__(self, target: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        is_nvidia = target.startswith("sm_")
+        self._target = GPUTarget("cuda", int(target[3:]), 32) if is_nvidia else GPUTarget("hip", target, 64)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> str:
+        return str(self._target)  # kernels keep what they compiled under the device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def compile_launch(stem: Path, target: str, dtype: str, name: str, launch: Launch) -> dict[str, Any]:
+    """Compile one launch; its entry in the index."""
+    import triton
+
+    from sam_kernels.backends.triton.runtime import load
+
+    triton.runtime.driver.set_active(Driver(target))
+    constants = {
+        key: x if isinstance(x, int | float | None) else str(x) for key, x in launch.constants.items()
+    }
+    entry = {
+        "target": target,
+        "dtype": dtype,
+        "variant": name,
+        "kernel": launch.kernel,
+        "constants": constants,
+    }
+    try:
+        kernel = getattr(load()[0], launch.kernel)
+        asm = kernel.run(*launch.arguments, grid=(1,), warmup=True, **launch.constants).asm
+    except Exception as problem:
+        return {**entry, "problem": f"{type(problem).__name__}: {problem}", "code": {}}
+    code = {}
+    for stage in {"ptx", "cubin", "amdgcn", "hsaco"} & set(asm):
+        path = stem.with_suffix(f".{stage}")
+        path.write_bytes(asm[stage] if isinstance(asm[stage], bytes) else asm[stage].encode())
+        code[stage] = str(path)
+    return {**entry, "problem": None, "code": code}
+
+
+def main(sources: str, folder: str, *selections: str) -> None:
+    sys.path.insert(0, sources)
+    from triton.backends import backends
+
+    work = []
+    for target, dtypes, *names in (selection.split(":") for selection in selections):
+        vendor = "nvidia" if target.startswith("sm_") else "amd"
+        if vendor in backends:
+            for dtype in dtypes.split(","):
+                chosen = names[0].split(",") if names else []
+                found = launches(vendor, dtype.rstrip("+"), dtype.endswith("+"), chosen)
+                work += [(target, dtype.rstrip("+"), *item) for item in found]
+    # Forked, since launches hold tensors and functions; nothing was compiled before that.
+    workers = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0)), workers) as pool:
+        jobs = [pool.submit(compile_launch, Path(folder, str(n)), *item) for n, item in enumerate(work)]
+        index = [job.result() for job in jobs]
+    Path(folder, "index.json").write_text(json.dumps(index))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
