@@ -22,11 +22,14 @@ namespace samk {
 
 inline int check_cuda(const char* pass, cudaError_t status) {
   if (status == cudaSuccess) return 0;
+  cudaGetLastError();  // told here, and not again to whoever asks next
   return fail(std::string(pass) + ": CUDA error " + std::to_string(static_cast<int>(status)) + ", " +
               cudaGetErrorString(status));
 }
 
-// The tensors' device is current while this lives, and the former one afterwards.
+// The tensors' device is current while this lives, and the former one afterwards. From CUDA 12 on that makes
+// a context on a former device that had none. Only the driver could say so, and staying on the tensors'
+// device would move whatever the caller makes next; torch.cuda.set_device before the step avoids both.
 class DeviceGuard {
  public:
   DeviceGuard(const char* pass, int device) {
@@ -65,6 +68,9 @@ struct Workspace {
 
 // Asked once for each device.
 int count_processors(int device, int* processors);
+
+// Whether this library has kernels that the current device can run.
+cudaError_t find_kernels();
 
 // Where one pass of one plan runs.
 struct Site {
