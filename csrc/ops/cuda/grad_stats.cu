@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) grad_stats_kernel(cons
         }
         return all;
       };
-      sweep<kWidth, kLists == 1 ? 4 : 2>(
+      sweep_in_order<kWidth, kLists == 1 ? 4 : 2>(
           chunk.size, bits % 16 == 0, load, [&](int, const auto& all, auto access) {
 #pragma unroll
             for (int k = 0; k < decltype(access)::kWidth; ++k) {

@@ -66,14 +66,14 @@ __device__ __forceinline__ double sum_thread(const G* g, const W* w, int n, cons
   };
   bool is_aligned = are_aligned(g);
   if constexpr (Metric::kReadsWeight) is_aligned = are_aligned(g, w);
-  sweep<kWidth, Term::kUnroll>(n, is_aligned, load, add);
+  sweep_in_order<kWidth, Term::kUnroll>(n, is_aligned, load, add);
   const double total = term.total(sums);
   if constexpr (Term::kSquares && std::is_same<typename V::Scalar, float>::value) {
     if (!(total <= kLargeSum) || (total != 0 && total < kSmallSum)) {
       // Gradients beyond 1.8e19, or below 1e-22 where not all are zero: the same elements once more in
       // double.
       double wide = 0;
-      sweep<kWidth, 1>(n, is_aligned, load, [&](int, const auto& x, auto access) {
+      sweep_in_order<kWidth, 1>(n, is_aligned, load, [&](int, const auto& x, auto access) {
 #pragma unroll
         for (int k = 0; k < decltype(access)::kWidth; ++k) {
           const Lane<double> d(widen(x.g.v[k]).x);
