@@ -181,8 +181,18 @@ struct Add {
   __device__ __forceinline__ double operator()(double a, double b) const { return a + b; }
 };
 
-// Joins one double of every thread, in a fixed order; the result is thread 0's alone. Two sets of shared
-// memory take turns: a block passes one barrier per call, and none may still read what the next call writes.
+// Joins one double of every thread of a warp, in a fixed order; the result is lane 0's alone.
+template <class Join>
+__device__ __forceinline__ double join_warp(double x, Join join) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    x = join(x, __shfl_down_sync(0xffffffffu, x, offset));
+  }
+  return x;
+}
+
+// The same for a block; the result is thread 0's alone. Two sets of shared memory take turns: a block passes
+// one barrier per call, and none may still read what the next call writes.
 template <int kSums>
 class BlockSum {
  public:
@@ -192,10 +202,7 @@ class BlockSum {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
-#pragma unroll
-      for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-        x[s] = join(x[s], __shfl_down_sync(0xffffffffu, x[s], offset));
-      }
+      x[s] = join_warp(x[s], join);
       if (lane == 0) parts[turn_][s][warp] = x[s];
     }
     __syncthreads();
