@@ -33,6 +33,7 @@ struct Names {
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* dtype = PyUnicode_InternFromString("dtype");
   PyObject* numel = PyUnicode_InternFromString("numel");
+  PyObject* device = PyUnicode_InternFromString("device");
 };
 
 const Names& names() {
@@ -78,6 +79,11 @@ struct Library {
   void check(int status) const {
     if (status != 0) throw std::runtime_error(last_error());
   }
+  void require_devices() const {
+    if (check_device == nullptr) {
+      throw std::runtime_error("the CPU library serves no devices; open the CUDA library by its path");
+    }
+  }
 };
 
 // Opens a library that exports the C ABI. It stays open: kernels may still run when the last plan is gone.
@@ -114,8 +120,13 @@ std::shared_ptr<Library> open_library(const std::string& path) {
 
 class Plan {
  public:
-  Plan(std::vector<std::int64_t> numel, std::vector<std::int32_t> row, std::shared_ptr<Library> library)
-      : numel_(std::move(numel)), row_(std::move(row)), library_(std::move(library)) {
+  // device: the torch.device of the parameters.
+  Plan(std::vector<std::int64_t> numel, std::vector<std::int32_t> row, std::shared_ptr<Library> library,
+       py::object device)
+      : numel_(std::move(numel)),
+        row_(std::move(row)),
+        library_(std::move(library)),
+        device_(std::move(device)) {
     if (numel_.size() != row_.size())
       throw std::invalid_argument("Plan: numel and row must have one entry per tensor");
     plan_ = library_->plan_create(numel_.data(), static_cast<std::int64_t>(numel_.size()));
@@ -128,9 +139,10 @@ class Plan {
   // note: [addresses]
   // Gradients are new tensors after every backward, so each pass reads its addresses again, by
   // Tensor.data_ptr through vectorcall: well below 100 ns a tensor, and no torch symbol is needed.
-  // What the tensor group vouches for (dtype, size and strides of parameters, gradients, snapshots)
-  // is not checked again. Lists from elsewhere name the dtype they must have; state, whose tensors
-  // are the same for many steps, is held on to and checked only where a tensor or its address is new.
+  // What the tensor group vouches for (device, dtype, size and strides of parameters, gradients,
+  // snapshots) is not checked again. Lists from elsewhere name the dtype they must have, and are checked
+  // for device and size too; state, whose tensors are the same for many steps, is held on to and checked
+  // only where a tensor or its address is new.
   //
   // Returns how many entries are not None.
   std::size_t point(int slot, const char* list, const py::list& tensors, int dtype, const py::object& must_be,
@@ -157,7 +169,7 @@ class Plan {
       // A held tensor is checked again where its memory was exchanged under it.
       const bool is_known = hold && table.held[t].ptr() == tensor && table.data[t] == data;
       if (!must_be.is_none() && !is_known) {
-        check_tensor(list, t, tensor, numel, must_be);
+        check_tensor(list, t, tensor, numel, must_be, hold);
         if (hold) table.held[t] = py::reinterpret_borrow<py::object>(tensor);
       }
       if (data == nullptr) {
@@ -316,8 +328,8 @@ class Plan {
     }
   }
 
-  static void check_tensor(const char* list, std::size_t t, PyObject* tensor, std::int64_t numel,
-                           const py::object& must_be) {
+  void check_tensor(const char* list, std::size_t t, PyObject* tensor, std::int64_t numel,
+                    const py::object& must_be, bool is_state) const {
     auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, names().dtype));
     if (!dtype) throw py::error_already_set();
     if (!dtype.is(must_be)) {
@@ -330,6 +342,14 @@ class Plan {
     if (count != numel) {
       throw std::invalid_argument(where(list, t) + " has " + std::to_string(count) + " elements, expected " +
                                   std::to_string(numel));
+    }
+    // A kernel would take an address of another device for its own.
+    auto device = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, names().device));
+    if (!device) throw py::error_already_set();
+    if (!device.equal(device_)) {
+      throw std::invalid_argument(where(list, t) + " is on " + std::string(py::str(device)) +
+                                  " but the parameters are on " + std::string(py::str(device_)) +
+                                  (is_state ? "; move the optimizer's state with its parameters" : ""));
     }
   }
 
@@ -371,6 +391,7 @@ class Plan {
   std::vector<std::uint8_t> fresh_;
   Table tables_[kSlots];
   std::shared_ptr<Library> library_;
+  py::object device_;
   samk_plan* plan_ = nullptr;
   void* workspace_ = nullptr;
   samk_queue queue_{};
@@ -397,16 +418,24 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Library, std::shared_ptr<Library>>(m, "Library", py::module_local())
       .def(py::init<>())
       .def(py::init(&open_library))
-      .def("check_device", [](const Library& self, int device) { self.check(self.check_device(device)); })
-      .def("build_info", [](const Library& self) { return std::string(self.build_info()); });
+      .def("check_device",
+           [](const Library& self, int device) {
+             self.require_devices();
+             self.check(self.check_device(device));
+           })
+      .def("build_info", [](const Library& self) {
+        self.require_devices();
+        return std::string(self.build_info());
+      });
 
   py::class_<Plan>(m, "Plan", py::module_local())
-      .def(py::init([](const py::list& numel, const py::list& row, std::shared_ptr<Library> library) {
+      .def(py::init([](const py::list& numel, const py::list& row, std::shared_ptr<Library> library,
+                       py::object device) {
         std::vector<std::int64_t> sizes;
         std::vector<std::int32_t> rows;
         for (py::handle n : numel) sizes.push_back(n.cast<std::int64_t>());
         for (py::handle r : row) rows.push_back(r.cast<std::int32_t>());
-        return new Plan(std::move(sizes), std::move(rows), std::move(library));
+        return new Plan(std::move(sizes), std::move(rows), std::move(library), std::move(device));
       }))
       .def("point", &Plan::point, py::arg("slot"), py::arg("name"), py::arg("tensors"), py::arg("dtype"),
            py::arg("must_be") = py::none(), py::arg("hold") = false)

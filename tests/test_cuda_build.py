@@ -219,22 +219,32 @@ def disassembler() -> tuple[str, dict[str, str]]:
 
 
 @pytest.fixture(scope="session", params=READ_TARGETS)
-def instructions(request, built: Built, library: ctypes.CDLL) -> dict[str, list[str]]:
-    """The instructions of every fp32 kernel of one target, by pass."""
+def kernels(request, built: Built, library: ctypes.CDLL) -> dict[str, list[str]]:
+    """The accesses to memory of every kernel of one target, by its mangled name."""
     cuobjdump, environment = disassembler()
     if f"sm_{request.param}" not in library.samk_build_info().decode().replace(",", "").split():
         pytest.skip(f"this library was not built for sm_{request.param}")
     command = [cuobjdump, "-sass", "-arch", f"sm_{request.param}", str(built.library)]
     found = defaultdict(list)
-    taken = None
+    kernel = ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stdout:
             if "Function :" in line:
-                # fp32 in every list; restore moves bits, which are unsigned integers to it
-                taken = re.search(rf"\d({'|'.join(PASSES)})_kernelI(?:f+|j)(?=[LE])", line)
-            elif taken and (instruction := re.search(r"\b(?:LD|ST)G?\.E[.\w]*", line)):
-                found[taken[1]].append(instruction[0])
+                kernel = line.split()[-1]
+            elif instruction := re.search(r"\b(?:LD|ST)G?\.E[.\w]*", line):
+                found[kernel].append(instruction[0])
     assert process.returncode == 0
+    return found
+
+
+@pytest.fixture(scope="session")
+def instructions(kernels) -> dict[str, list[str]]:
+    """Those of the fp32 kernels, by pass."""
+    found = defaultdict(list)
+    for kernel, accesses in kernels.items():
+        # fp32 in every list; restore moves bits, which are unsigned integers to it
+        if taken := re.search(rf"\d({'|'.join(PASSES)})_kernelI(?:f+|j)(?=[LE])", kernel):
+            found[taken[1]] += accesses
     return found
 
 
@@ -244,6 +254,33 @@ def test_fp32_moves_sixteen_bytes_at_a_time(instructions, name):
     assert [x for x in met if re.fullmatch(r"LDG\.E\.(\w+\.)*128(\.\w+)*", x)], met
     wide_stores = [x for x in met if re.fullmatch(r"STG\.E\.(\w+\.)*128(\.\w+)*", x)]
     assert bool(wide_stores) == (name in WRITERS), met
+
+
+# Loads of 16 bytes before the first store, times 256 threads, times blocks, make the 48 KB of kBytesInFlight.
+# Types as they are mangled, whether there are masters, the rule, loads, blocks.
+READ_AHEAD = [
+    ("ff", 0, "sgd", 3, 4),
+    ("ff", 0, "adam", 4, 4),
+    ("dd", 0, "sgd", 6, 2),
+    ("dd", 0, "adam", 8, 2),
+    ("NS_4bf16ES2_", 0, "sgd", 6, 3),
+    ("NS_4bf16ES2_", 0, "adam", 4, 3),
+    ("NS_3f16ES2_", 0, "sgd", 6, 3),
+    ("NS_3f16ES2_", 0, "adam", 4, 3),
+    ("NS_4bf16ES2_", 1, "sgd", 10, 2),
+    ("NS_4bf16ES2_", 1, "adam", 7, 2),
+    ("fNS_4bf16E", 0, "sgd", 10, 2),
+    ("fNS_4bf16E", 0, "adam", 7, 2),
+]
+
+
+@pytest.mark.parametrize(("types", "masters", "rule", "loads", "blocks"), READ_AHEAD)
+def test_a_descent_reads_ahead(kernels, types, masters, rule, loads, blocks):
+    assert loads * 16 * 256 * blocks >= 48 * 1024
+    name = f"descend_kernelI{types}Lb{masters}ELi{int(rule == 'adam')}E"
+    ((kernel, accesses),) = [item for item in kernels.items() if name in item[0]]
+    word = "".join("l" if x.startswith("LD") else "s" for x in accesses if re.search(r"\.128\b", x))
+    assert max(map(len, word.split("s"))) >= loads, f"{kernel}: {word}"
 
 
 # ---- sources ----

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
+import shutil
 from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int32, c_int64, c_uint8, c_void_p
 
 import emulated
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from sam_kernels import SAM, state
+from sam_kernels.backends import native
 from sam_kernels.tensor_groups import ADAPTIVE, COLUMNS, EUCLIDEAN, Column
 
 pytestmark = emulated.needed
@@ -350,3 +353,78 @@ def test_a_step_is_three_launches(optimizer, count, launches):
             step()
         expected = launches if isinstance(launches, int) else launches[optimizer.__name__]
         assert kernel_launches() - before == expected
+
+
+def test_a_long_tensor_sums_its_chunks_in_one_order(library):
+    sizes = [5, 100 * 2048 + 3, 40 * 2048, 0]
+    plan, g = Plan(library, sizes), randoms(F32, sizes)
+    expected = [float((x.double() ** 2).sum()) for x in g]
+    rows, found = table(), []
+    try:
+        for seed in (0, 1, 2):
+            library.samk_shim_seed(seed)
+            each, total = torch.full((4,), math.nan, dtype=F64), torch.empty((), dtype=F64)
+            arguments = SqNorm(grads=as_list(g), table=rows.data_ptr(), out=total.data_ptr())
+            arguments.per_tensor = each.data_ptr()
+            plan.run("sq_norm", arguments)
+            found.append(each.tolist())
+    finally:
+        library.samk_shim_seed(0)
+    assert found[0] == found[1] == found[2]
+    assert found[0] == pytest.approx(expected, rel=1e-6)
+
+
+# ---- devices ----
+
+
+def refusal(library, device=0):
+    try:
+        library.check_device(device)
+    except RuntimeError as problem:
+        return str(problem)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("driver", "capability", "status", "sentence"),
+    [
+        (12010, 70, 0, None),
+        (13000, 103, 0, None),
+        (12000, 90, 0, r"need a driver for CUDA 12\.1 or newer \(R530\), and this one is for CUDA 12\.0$"),
+        (11080, 90, 0, r"this one is for CUDA 11\.8$"),
+        (12010, 61, 0, r"need compute capability 7\.0"),
+        (
+            13000,
+            70,
+            209,
+            r"no kernels for sm_70 \(CUDA device 0\); it was built with .*CUDA_ARCHS=70, .*image",
+        ),
+        (13000, 103, 98, r"no kernels for sm_103 .*invalid device function"),
+        (12010, 120, 222, r"no kernels for sm_120 .*unsupported toolchain"),
+    ],
+)
+def test_a_device_that_cannot_run_the_kernels_is_refused(tmp_path, driver, capability, status, sentence):
+    path = shutil.copy(emulated.LIBRARY, tmp_path)  # a library of its own: it keeps its answer
+    pretend = ctypes.CDLL(path).samk_shim_pretend
+    pretend(driver, capability, status)
+    library = native._native.Library(str(path))
+    answer = refusal(library)
+    assert answer is None if sentence is None else re.search(sentence, answer)
+    pretend(12010, 90, 209 if sentence is None else 0)
+    assert refusal(library) == answer, "it is asked once"
+
+
+def test_a_device_that_has_no_memory_now_is_asked_again(tmp_path):
+    path = shutil.copy(emulated.LIBRARY, tmp_path)
+    pretend = ctypes.CDLL(path).samk_shim_pretend
+    library = native._native.Library(str(path))
+    pretend(12010, 90, 2)
+    assert refusal(library) == "device: CUDA error 2, out of memory"
+    pretend(12010, 90, 0)
+    assert refusal(library) is None
+
+
+def test_a_device_that_is_not_there_is_a_sentence():
+    library = native._native.Library(str(emulated.LIBRARY))
+    for index in (-1, 1):
+        assert refusal(library, index) == f"CUDA device {index} does not exist; there are 1"

@@ -1413,3 +1413,96 @@ def test_python_and_c_use_the_same_numbers():
         assert header_enum(f"samk_{enum}") == {f"SAMK_{name.upper()}": value for name, value in ours.items()}
     names = {F32: "SAMK_F32", F64: "SAMK_F64", BF16: "SAMK_BF16", F16: "SAMK_F16"}
     assert header_enum("samk_dtype") == {names[d]: code for d, code in native._DTYPES.items()}
+
+
+# ---- the range of squares --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [NATIVE, EMULATED, INTERPRETED])
+@pytest.mark.parametrize("exponent", [-30, -55, -60, -70, -74, -75, -80, 70])
+def test_squares_out_of_range_cost_less_than_half_the_least_number_each(side, exponent):
+    """2^-149 is the least fp32 number, and the squares of 2^-75 and less are closer to 0 than to it."""
+    group = make_group(F32, [(5000,)], rows=ROWS[:1], device=side.device, snapshots=False)
+    group.grads[0].mul_(2.0**exponent)
+    expected = float((group.grads[0].double() ** 2).sum())
+    got = float(side.backend.sq_norm(group))
+    assert abs(got - expected) <= SUM[F32] * expected + 5000 * 2.0**-150
+
+
+# ---- devices ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [NATIVE, EMULATED])
+@pytest.mark.parametrize("name", ["momentum_buffer", "exp_avg", "exp_avg_sq", "step"])
+def test_state_on_another_device_is_refused_before_it_writes(side, name):
+    rule = "sgd" if name == "momentum_buffer" else "adam"
+    row = base_row(torch.optim.SGD if rule == "sgd" else torch.optim.Adam, {"lr": 0.1, "momentum": 0.9})
+    group = make_group(F32, rows=[row], snapshots=False)
+    slots = make_slots(group, rule)
+    side.backend.descend_(group, rule, slots)
+    slots[name][3] = slots[name][3].to("meta")
+    before = copies(group.params)
+    where = rf"{name}\[3\] is on meta but the parameters are on cpu"
+    with pytest.raises(ValueError, match=f"{where}; move the optimizer's state with its parameters$"):
+        side.backend.descend_(group, rule, slots)
+    assert same_bits(group.params, before)
+
+
+@pytest.mark.parametrize("side", [NATIVE, EMULATED])
+def test_lists_on_another_device_are_refused(side):
+    group = make_group(F32)
+    lists = make_lists(group, 1)
+    lists[0][3] = lists[0][3].to("meta")
+    with pytest.raises(ValueError, match=r"lists\[0\]\[3\] is on meta but the parameters are on cpu$"):
+        side.backend.grad_stats(group, lists)
+
+
+@no_native
+def test_state_that_is_known_is_not_asked_again():
+    asked = []
+
+    class State(SimpleNamespace):
+        @property
+        def device(self):
+            asked.append("device")
+            return torch.device("cpu")
+
+    memory = torch.zeros(4)
+    state = State(dtype=F32, data_ptr=lambda: memory.data_ptr(), numel=lambda: 4)
+    plan = native._native.Plan([4], [0], native._native.Library(), torch.device("cpu"))
+    for _ in range(3):
+        assert plan.point(native._native.LISTS, "exp_avg", [state], 0, F32, hold=True) == 1
+    assert asked == ["device"]
+
+
+@no_native
+def test_the_cpu_library_has_no_device_to_check():
+    for ask in (lambda library: library.check_device(0), lambda library: library.build_info()):
+        with pytest.raises(RuntimeError, match="the CPU library serves no devices"):
+            ask(native._native.Library())
+
+
+# ---- long chunks -----------------------------------------------------------------------------------
+
+
+@no_native
+@emulated.needed
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_kernels_that_read_ahead_have_the_bits_of_the_cpu(dtype, rule):
+    """A list this long has chunks in which a thread moves several packs; shorter ones end in single packs."""
+    row = base_row(torch.optim.SGD if rule == "sgd" else torch.optim.AdamW, {"lr": 0.1, "momentum": 0.9})
+    row[Column.WEIGHT_DECAY] = 0.01
+    shapes = [((1 << 23) + 8193,), (3, 5)]
+    results = []
+    for backend in (native.BACKEND, emulated.BACKEND):
+        group = make_group(dtype, shapes, rows=[row])
+        slots = make_slots(group, rule)
+        backend.perturb_(group, scalar(100.0))
+        backend.descend_(group, rule, slots)
+        slots["fresh"] = []
+        backend.descend_(group, rule, slots)
+        results.append([*group.params, *group.snapshots, *sum(state_lists(slots), [])])
+        backend.restore_(group)
+        assert same_bits(group.params, group.snapshots)
+    assert same_bits(*results)

@@ -16,6 +16,10 @@ namespace samk {
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 
+// What should be under way to a multiprocessor's threads at any time, so that memory never waits: what CUB
+// asks for on an H200. An H100 needs 32 KB, an A100 16, a B200 64.
+constexpr int kBytesInFlight = 48 * 1024;
+
 enum class Order { kForward, kBackward };
 
 struct Chunk {
@@ -70,8 +74,8 @@ struct alignas(kWidth * sizeof(T) < 16 ? kWidth * sizeof(T) : 16) Raw {
   T v[kWidth];
 };
 
-// How the elements of one pack are reached. Where an address is not aligned to 16 bytes the same thread reads
-// the same elements one by one, so that sums do not depend on addresses.
+// How the elements of one pack are reached: 16 bytes at a time, or one by one where an address is not
+// aligned.
 template <int kWidth_, bool kAligned>
 struct Access {
   static constexpr int kWidth = kWidth_;
@@ -121,11 +125,13 @@ __device__ __forceinline__ bool are_aligned(const Ts*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) | ...) % 16) == 0;
 }
 
+// For the packs between first and end, all of them whole: finish(i, load(i, access), access), with the loads
+// of kUnroll packs before the first store, so that enough bytes are in flight.
 template <int kUnroll, class Load, class Finish, class A>
-__device__ __forceinline__ void sweep_packs(int n, const Load& load, const Finish& finish, A access) {
+__device__ __forceinline__ void sweep_packs(int first, int end, const Load& load, const Finish& finish,
+                                            A access) {
   constexpr int kStride = kThreads * A::kWidth;
-  const int end = n / A::kWidth * A::kWidth;
-  int i = threadIdx.x * A::kWidth;
+  int i = first + static_cast<int>(threadIdx.x) * A::kWidth;
   for (; i + (kUnroll - 1) * kStride < end; i += kUnroll * kStride) {
     decltype(load(0, access)) loaded[kUnroll];
 #pragma unroll
@@ -136,18 +142,30 @@ __device__ __forceinline__ void sweep_packs(int n, const Load& load, const Finis
   for (; i < end; i += kStride) finish(i, load(i, access), access);
 }
 
-// For every pack of the chunk: finish(i, load(i, access), access), with the loads of kUnroll packs before the
-// first store, so that enough bytes are in flight; then the elements after the last whole pack, one to a
-// thread.
+// Every element of the chunk once, in packs; then the elements after the last whole pack, or all of them
+// where an address is not aligned, one to a thread: a warp that wrote its packs element by element would
+// touch every sector once for each element of a pack.
 template <int kWidth, int kUnroll, class Load, class Finish>
 __device__ __forceinline__ void sweep(int n, bool is_aligned, const Load& load, const Finish& finish) {
+  constexpr int kLoose = kUnroll < 2 ? 4 : 2 * kUnroll;
+  const int whole = is_aligned ? n / kWidth * kWidth : 0;
+  sweep_packs<kUnroll>(0, whole, load, finish, Access<kWidth, true>{});
+  sweep_packs<kLoose>(whole, n, load, finish, Access<1, true>{});
+}
+
+// The same for sums, which must not depend on addresses: a thread meets the same elements in the same order
+// wherever they are. They only read, and what a warp leaves of a sector is in the L1 cache when it comes
+// back.
+template <int kWidth, int kUnroll, class Load, class Add>
+__device__ __forceinline__ void sweep_in_order(int n, bool is_aligned, const Load& load, const Add& add) {
+  const int whole = n / kWidth * kWidth;
   if (is_aligned) {
-    sweep_packs<kUnroll>(n, load, finish, Access<kWidth, true>{});
+    sweep_packs<kUnroll>(0, whole, load, add, Access<kWidth, true>{});
   } else {
-    sweep_packs<kUnroll>(n, load, finish, Access<kWidth, false>{});
+    sweep_packs<kUnroll>(0, whole, load, add, Access<kWidth, false>{});
   }
-  const int i = n / kWidth * kWidth + static_cast<int>(threadIdx.x);
-  if (i < n) finish(i, load(i, Access<1, true>{}), Access<1, true>{});
+  const int i = whole + static_cast<int>(threadIdx.x);
+  if (i < n) add(i, load(i, Access<1, true>{}), Access<1, true>{});
 }
 
 template <class T>
@@ -163,8 +181,18 @@ struct Add {
   __device__ __forceinline__ double operator()(double a, double b) const { return a + b; }
 };
 
-// Joins one double of every thread, in a fixed order; the result is thread 0's alone. Two sets of shared
-// memory take turns: a block passes one barrier per call, and none may still read what the next call writes.
+// Joins one double of every thread of a warp, in a fixed order; the result is lane 0's alone.
+template <class Join>
+__device__ __forceinline__ double join_warp(double x, Join join) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    x = join(x, __shfl_down_sync(0xffffffffu, x, offset));
+  }
+  return x;
+}
+
+// The same for a block; the result is thread 0's alone. Two sets of shared memory take turns: a block passes
+// one barrier per call, and none may still read what the next call writes.
 template <int kSums>
 class BlockSum {
  public:
@@ -174,10 +202,7 @@ class BlockSum {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
-#pragma unroll
-      for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-        x[s] = join(x[s], __shfl_down_sync(0xffffffffu, x[s], offset));
-      }
+      x[s] = join_warp(x[s], join);
       if (lane == 0) parts[turn_][s][warp] = x[s];
     }
     __syncthreads();

@@ -22,11 +22,14 @@ namespace samk {
 
 inline int check_cuda(const char* pass, cudaError_t status) {
   if (status == cudaSuccess) return 0;
+  cudaGetLastError();  // told here, and not again to whoever asks next
   return fail(std::string(pass) + ": CUDA error " + std::to_string(static_cast<int>(status)) + ", " +
               cudaGetErrorString(status));
 }
 
-// The tensors' device is current while this lives, and the former one afterwards.
+// The tensors' device is current while this lives, and the former one afterwards. From CUDA 12 on that makes
+// a context on a former device that had none. Only the driver could say so, and staying on the tensors'
+// device would move whatever the caller makes next; torch.cuda.set_device before the step avoids both.
 class DeviceGuard {
  public:
   DeviceGuard(const char* pass, int device) {
@@ -65,6 +68,9 @@ struct Workspace {
 
 // Asked once for each device.
 int count_processors(int device, int* processors);
+
+// Whether this library has kernels that the current device can run.
+cudaError_t find_kernels();
 
 // Where one pass of one plan runs.
 struct Site {
@@ -116,6 +122,14 @@ int launch(const Site& site, void (*kernel)(P), int blocks_per_sm, const Scalars
     if (status != cudaSuccess) return check_cuda(site.pass, status);
   }
   return 0;
+}
+
+// Writes what a sum over no tensors is.
+inline int clear(const Site& site, double* out, int count) {
+  const DeviceGuard guard(site.pass, site.device);
+  if (guard.status() != 0) return guard.status();
+  return check_cuda(site.pass,
+                    cudaMemsetAsync(out, 0, count * sizeof *out, static_cast<cudaStream_t>(site.stream)));
 }
 
 inline void* at(const samk_list& list, int32_t t) { return list.data == nullptr ? nullptr : list.data[t]; }

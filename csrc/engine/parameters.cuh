@@ -8,7 +8,7 @@ namespace samk {
 
 constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 4;
-// Kernels that call functions, or hold packs of eight from several lists, need twice the registers.
+// Kernels that call functions, or hold wide packs from several lists, need twice the registers.
 constexpr int kBlocksPerSmHeavy = 2;
 // The most a kernel may take by value (CUDA 12.1, compute capability 7.0), less room for a pass's own
 // scalars.

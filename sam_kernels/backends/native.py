@@ -22,7 +22,7 @@ from ..tensor_groups import TensorGroup
 from .handover import count_descent, count_perturbation, count_write, has_momentum, measured, scalars
 
 # SAMK_ABI_VERSION of csrc/sam_kernels.h
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 # enum samk_dtype, samk_moment, samk_shape, samk_rule
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -205,7 +205,7 @@ class Native:
         plan = group.cache.get("native")
         if plan is None:
             library = self._libraries[group.device.type]
-            plan = _native.Plan([p.numel() for p in group.params], group.row, library)
+            plan = _native.Plan([p.numel() for p in group.params], group.row, library, group.device)
             group.cache["native"] = plan
             size = plan.workspace_bytes()
             if size:

@@ -12,7 +12,11 @@ namespace {
 // purpose: fp64 across chunks loses nothing that 256 additions a lane could keep.
 constexpr int kAccumulators = 4;
 
-// Within these bounds a sum of fp32 squares has neither overflowed nor lost terms that count.
+// note: [range of squares]
+// Within these bounds a sum of fp32 squares has neither overflowed nor lost terms that count. Outside of them
+// a chunk is summed once more in double: gradients beyond 1.8e19, or all below 1e-15. A sum of exactly 0
+// is taken as it is, since gradients that are zero are common; so elements below 2.6e-23, whose squares are
+// closer to 0 than to any other fp32 number, may count as 0. That takes less than 2^-150 from a sum for each.
 constexpr double kLargeSum = 1e38, kSmallSum = 1e-30;
 
 template <class T, class Metric, class Moment>
@@ -36,8 +40,7 @@ double sum_chunk(const T* g, const T* w, int64_t n, const Metric& metric, const 
   return sum_lanes((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-// The squares once more in double, for a chunk whose sum left the range of fp32: gradients beyond 1.8e19, or
-// below 1e-22 where not all are zero. Rare, so plain.
+// The squares once more in double, for a chunk whose sum left the range of fp32. Rare, so plain.
 template <class T, class Metric>
 double wide_squares(const T* g, const T* w, int64_t n, const Metric& metric) {
   double total = 0;

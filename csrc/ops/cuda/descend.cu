@@ -63,7 +63,7 @@ __device__ __forceinline__ void put_weights(W* w, M* master, int i, const V (&x)
   }
 }
 
-template <class W, class G, class M>
+template <int kUnroll, class W, class G, class M>
 __device__ __forceinline__ void sgd_chunk(W* w, const G* g, M* source, M* buffer, bool is_fresh, int n,
                                           const Decayed<typename Stored<M>::S>& decay,
                                           const Sgd<typename Stored<M>::S>& rule) {
@@ -80,29 +80,29 @@ __device__ __forceinline__ void sgd_chunk(W* w, const G* g, M* source, M* buffer
     if (reads_buffer) x.b = access.get(buffer + i);
     return x;
   };
-  sweep<pack_width<W, G>(), 1>(n, are_aligned(w, g, source, buffer), load,
-                               [&](int i, const auto& x, auto access) {
-                                 constexpr int kWidth = decltype(access)::kWidth;
-                                 V moved[kWidth];
-                                 Raw<M, kWidth> kept;
+  sweep<pack_width<W, G>(), kUnroll>(
+      n, are_aligned(w, g, source, buffer), load, [&](int i, const auto& x, auto access) {
+        constexpr int kWidth = decltype(access)::kWidth;
+        V moved[kWidth];
+        Raw<M, kWidth> kept;
 #pragma unroll
-                                 for (int k = 0; k < kWidth; ++k) {
-                                   const V old(widen(x.w.v[k]).x);
-                                   const V d = gradient(decay, V(widen(x.g.v[k]).x), old);
-                                   if (buffer == nullptr) {
-                                     moved[k] = rule.weight(old, d);
-                                   } else {
-                                     const V b = reads_buffer ? rule.buffer(V(widen(x.b.v[k]).x), d) : d;
-                                     moved[k] = rule.weight(old, d, b);
-                                     kept.v[k] = narrow<M>(b);
-                                   }
-                                 }
-                                 put_weights(w, source, i, moved, access);
-                                 if (buffer != nullptr) access.put(buffer + i, kept);
-                               });
+        for (int k = 0; k < kWidth; ++k) {
+          const V old(widen(x.w.v[k]).x);
+          const V d = gradient(decay, V(widen(x.g.v[k]).x), old);
+          if (buffer == nullptr) {
+            moved[k] = rule.weight(old, d);
+          } else {
+            const V b = reads_buffer ? rule.buffer(V(widen(x.b.v[k]).x), d) : d;
+            moved[k] = rule.weight(old, d, b);
+            kept.v[k] = narrow<M>(b);
+          }
+        }
+        put_weights(w, source, i, moved, access);
+        if (buffer != nullptr) access.put(buffer + i, kept);
+      });
 }
 
-template <class W, class G, class M>
+template <int kUnroll, class W, class G, class M>
 __device__ __forceinline__ void adam_chunk(W* w, const G* g, M* source, M* first, M* second, int n,
                                            const Decayed<typename Stored<M>::S>& decay,
                                            const Adam<typename Stored<M>::S>& rule) {
@@ -119,25 +119,25 @@ __device__ __forceinline__ void adam_chunk(W* w, const G* g, M* source, M* first
     x.v = access.get(second + i);
     return x;
   };
-  sweep<pack_width<W, G>(), 1>(n, are_aligned(w, g, source, first, second), load,
-                               [&](int i, const auto& x, auto access) {
-                                 constexpr int kWidth = decltype(access)::kWidth;
-                                 V moved[kWidth];
-                                 Raw<M, kWidth> m, v;
+  sweep<pack_width<W, G>(), kUnroll>(n, are_aligned(w, g, source, first, second), load,
+                                     [&](int i, const auto& x, auto access) {
+                                       constexpr int kWidth = decltype(access)::kWidth;
+                                       V moved[kWidth];
+                                       Raw<M, kWidth> m, v;
 #pragma unroll
-                                 for (int k = 0; k < kWidth; ++k) {
-                                   const V old(widen(x.w.v[k]).x);
-                                   const V d = gradient(decay, V(widen(x.g.v[k]).x), old);
-                                   const V new_m = rule.first_moment(V(widen(x.m.v[k]).x), d);
-                                   const V new_v = rule.second_moment(V(widen(x.v.v[k]).x), d);
-                                   moved[k] = rule.weight(old, new_m, new_v);
-                                   m.v[k] = narrow<M>(new_m);
-                                   v.v[k] = narrow<M>(new_v);
-                                 }
-                                 put_weights(w, source, i, moved, access);
-                                 access.put(first + i, m);
-                                 access.put(second + i, v);
-                               });
+                                       for (int k = 0; k < kWidth; ++k) {
+                                         const V old(widen(x.w.v[k]).x);
+                                         const V d = gradient(decay, V(widen(x.g.v[k]).x), old);
+                                         const V new_m = rule.first_moment(V(widen(x.m.v[k]).x), d);
+                                         const V new_v = rule.second_moment(V(widen(x.v.v[k]).x), d);
+                                         moved[k] = rule.weight(old, new_m, new_v);
+                                         m.v[k] = narrow<M>(new_m);
+                                         v.v[k] = narrow<M>(new_v);
+                                       }
+                                       put_weights(w, source, i, moved, access);
+                                       access.put(first + i, m);
+                                       access.put(second + i, v);
+                                     });
 }
 
 // One thread works out the scalars of a tensor for its block, and only where row or step differ from the
@@ -163,13 +163,30 @@ class AdamScalars {
   int turn_ = 0;
 };
 
-// Packs of eight, and fp64, need more registers.
-template <class W, class G>
-constexpr int kBlocks = pack_width<W, G>() == 4 ? kBlocksPerSm : kBlocksPerSmHeavy;
+// Blocks that share a multiprocessor, and packs a thread reads before it writes: enough bytes in flight
+// without a spilled register, of which a thread may have 64, 80 or 128 beside four, three or two blocks. In
+// KB, with the momentum of SGD:
+//                                    SGD                     Adam
+//   fp32                             4 blocks x 1 pack   48  4 x 1  64
+//   half                             3 x 2               72  3 x 1  48
+//   fp64                             2 x 2               48  2 x 2  64
+//   half gradients of fp32 weights,
+//   or fp32 masters of half ones     2 x 2               80  2 x 1  56
+template <class W, class G, bool kHasMasters, int kRule>
+struct Tuning {
+  using M = Source<W, kHasMasters>;
+  static constexpr int kWidth = pack_width<W, G>();
+  static constexpr int kBlocks = kWidth == 4 ? kBlocksPerSm : sizeof(M) == 2 ? 3 : kBlocksPerSmHeavy;
+  static constexpr int kUnroll = kRule == SAMK_SGD ? (kWidth == 4 ? 1 : 2) : (kWidth == 2 ? 2 : 1);
+  static constexpr int kBytes = sizeof(G) + sizeof(M) * (kRule == SAMK_SGD ? 2 : 3);  // read for an element
+  static_assert(kBlocks * kThreads * kUnroll * kWidth * kBytes >= kBytesInFlight,
+                "memory would wait for threads");
+};
 
 template <class W, class G, bool kHasMasters, int kRule>
-__global__ void __launch_bounds__(kThreads, kBlocks<W, G>)
+__global__ void __launch_bounds__(kThreads, Tuning<W, G, kHasMasters, kRule>::kBlocks)
     descend_kernel(const __grid_constant__ Parameters<kListsOf<kRule>, Scalars> p) {
+  using T = Tuning<W, G, kHasMasters, kRule>;
   using M = Source<W, kHasMasters>;
   using S = typename Stored<M>::S;
   const auto& tensors = p.tensors;
@@ -194,11 +211,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<W, G>)
     const auto decay = decayed<S>(row, kRule, inv_scale);
     if constexpr (kRule == SAMK_SGD) {
       M* buffer = row[SAMK_MOMENTUM] != 0 ? element<M>(tensors, kState0, chunk) : nullptr;
-      sgd_chunk(w, g, source, buffer, (tagged & kFlag) != 0, chunk.size, decay, sgd<S>(row));
+      sgd_chunk<T::kUnroll>(w, g, source, buffer, (tagged & kFlag) != 0, chunk.size, decay, sgd<S>(row));
     } else {
       const float step = *static_cast<const float*>(tensors.data[kStep][chunk.tensor]);
-      adam_chunk(w, g, source, element<M>(tensors, kState0, chunk), element<M>(tensors, kState1, chunk),
-                 chunk.size, decay, adam_scalars(row, step));
+      adam_chunk<T::kUnroll>(w, g, source, element<M>(tensors, kState0, chunk),
+                             element<M>(tensors, kState1, chunk), chunk.size, decay, adam_scalars(row, step));
     }
   });
   if constexpr (kRule == SAMK_ADAM) {
@@ -249,9 +266,10 @@ extern "C" int samk_descend(const samk_plan* plan, const samk_descend_args* a) {
   const auto ruled = [&](auto w, auto g, auto masters) {
     using W = decltype(w);
     using G = decltype(g);
-    constexpr bool kHasMasters = decltype(masters)::value;
-    return a->rule == SAMK_SGD ? run(descend_kernel<W, G, kHasMasters, SAMK_SGD>, kBlocks<W, G>)
-                               : run(descend_kernel<W, G, kHasMasters, SAMK_ADAM>, kBlocks<W, G>);
+    constexpr bool kHas = decltype(masters)::value;
+    return a->rule == SAMK_SGD
+               ? run(descend_kernel<W, G, kHas, SAMK_SGD>, Tuning<W, G, kHas, SAMK_SGD>::kBlocks)
+               : run(descend_kernel<W, G, kHas, SAMK_ADAM>, Tuning<W, G, kHas, SAMK_ADAM>::kBlocks);
   };
   if (has_masters) {
     return with_masters("descend_", a->params.dtype, a->grads.dtype, a->masters.dtype,

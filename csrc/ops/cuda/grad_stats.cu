@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) grad_stats_kernel(cons
         }
         return all;
       };
-      sweep<kWidth, kLists == 1 ? 4 : 2>(
+      sweep_in_order<kWidth, kLists == 1 ? 4 : 2>(
           chunk.size, bits % 16 == 0, load, [&](int, const auto& all, auto access) {
 #pragma unroll
             for (int k = 0; k < decltype(access)::kWidth; ++k) {
@@ -97,6 +97,7 @@ extern "C" int samk_grad_stats(const samk_plan* plan, const samk_grad_stats_args
   const Workspace workspace(a->workspace);
   const Scalars scalars{a->out, workspace.partials, workspace.counter};
   const Site site{"grad_stats", *plan, nullptr, nullptr, a->queue.device, a->queue.stream};
+  if (plan->launches.count() == 0) return clear(site, a->out, a->lists * (a->lists + 1) / 2);
   return with_dtype("grad_stats", a->list[0].dtype, [&](auto type) {
     using T = decltype(type);
     const auto run = [&](auto kernel) {

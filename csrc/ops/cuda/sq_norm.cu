@@ -26,7 +26,12 @@ struct Larger {
   }
 };
 
-// Within these bounds a sum of fp32 squares has neither overflowed nor lost terms that count.
+// note: [range of squares]
+// Within these bounds a sum of fp32 squares has neither overflowed nor lost terms that count. Outside of them
+// the same elements are read once more in double: gradients beyond 1.8e19, or all below 1e-15. A sum of
+// exactly 0 is taken as it is, since gradients that are zero are common; so elements below 2.6e-23, whose
+// squares are closer to 0 than to any other fp32 number, may count as 0. That takes less than 2^-150 from a
+// sum for each.
 constexpr double kLargeSum = 1e38, kSmallSum = 1e-30;
 
 template <class G, class W>
@@ -66,14 +71,12 @@ __device__ __forceinline__ double sum_thread(const G* g, const W* w, int n, cons
   };
   bool is_aligned = are_aligned(g);
   if constexpr (Metric::kReadsWeight) is_aligned = are_aligned(g, w);
-  sweep<kWidth, Term::kUnroll>(n, is_aligned, load, add);
+  sweep_in_order<kWidth, Term::kUnroll>(n, is_aligned, load, add);
   const double total = term.total(sums);
   if constexpr (Term::kSquares && std::is_same<typename V::Scalar, float>::value) {
     if (!(total <= kLargeSum) || (total != 0 && total < kSmallSum)) {
-      // Gradients beyond 1.8e19, or below 1e-22 where not all are zero: the same elements once more in
-      // double.
       double wide = 0;
-      sweep<kWidth, 1>(n, is_aligned, load, [&](int, const auto& x, auto access) {
+      sweep_in_order<kWidth, 1>(n, is_aligned, load, [&](int, const auto& x, auto access) {
 #pragma unroll
         for (int k = 0; k < decltype(access)::kWidth; ++k) {
           const Lane<double> d(widen(x.g.v[k]).x);
@@ -163,15 +166,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMoment>) sq_norm_kernel(con
   });
   if (!is_last_block(p.scalars.counter)) return;
 
-  // Every launch closes the sums of its own tensors; the last one also that of all.
+  // Every launch closes the sums of its own tensors, a warp for each; the last one also that of all.
   const int full = tensors.first_full[tensors.count];
-  for (int t = threadIdx.x; t < tensors.count; t += kThreads) {
+  const int lane = threadIdx.x % kWarp;
+  for (int t = threadIdx.x / kWarp; t < tensors.count; t += kWarps) {
     double* const own = static_cast<double*>(tensors.data[kPerTensor][t]);
     if (own == nullptr) continue;
-    double sum = __ldcg(partials + full + t);
-    for (int c = tensors.first_full[t]; c < tensors.first_full[t + 1]; ++c)
+    double sum = lane == 0 ? __ldcg(partials + full + t) : 0;
+    for (int c = tensors.first_full[t] + lane; c < tensors.first_full[t + 1]; c += kWarp)
       sum = Join{}(sum, __ldcg(partials + c));
-    *own = sum;
+    sum = join_warp(sum, Join{});
+    if (lane == 0) *own = sum;
   }
   if (!tensors.is_last) return;
   const int chunks = tensors.first_chunk + full + tensors.count;
@@ -194,6 +199,7 @@ extern "C" int samk_sq_norm(const samk_plan* plan, const samk_sq_norm_args* a) {
   const Workspace workspace(a->workspace);
   const Scalars scalars{a->table, a->peak, a->q, a->root, a->out, workspace.partials, workspace.counter};
   const Site site{"sq_norm", *plan, a->row, nullptr, a->queue.device, a->queue.stream};
+  if (plan->launches.count() == 0) return clear(site, a->out, 1);
   const int32_t weight = a->params.data == nullptr ? a->grads.dtype : a->params.dtype;
   return with_dtypes("sq_norm", weight, a->grads.dtype, [&](auto w, auto g) {
     using W = decltype(w);

@@ -162,7 +162,11 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDeviceFunction = 98,
   cudaErrorInvalidDevice = 101,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorInvalidPtx = 218,
+  cudaErrorUnsupportedPtxVersion = 222,
   cudaErrorLaunchFailure = 719,
 };
 
@@ -171,6 +175,8 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
 };
+
+struct cudaFuncAttributes {};
 
 typedef struct CUstream_st* cudaStream_t;
 
@@ -183,10 +189,15 @@ cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaRuntimeGetVersion(int* version);
 cudaError_t cudaDriverGetVersion(int* version);
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream = nullptr);
 
 // Shuffles blocks, and the threads between two barriers; 0 is the natural order. The environment variable
 // SAM_KERNELS_SHIM_SEED sets it at the start.
 extern "C" __attribute__((visibility("default"))) void samk_shim_seed(uint64_t seed);
+// What the driver and the device say of themselves from now on: a version such as 12010, a compute capability
+// such as 90, and what asking for a kernel's attributes returns.
+extern "C" __attribute__((visibility("default"))) void samk_shim_pretend(int32_t driver, int32_t capability,
+                                                                         int32_t kernel_status);
 // How many kernels were launched so far.
 extern "C" __attribute__((visibility("default"))) uint64_t samk_shim_launches();
 
@@ -200,8 +211,14 @@ struct Kernel {
 };
 
 cudaError_t launch(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes);
+cudaError_t find(void (*function)());
 
 }  // namespace samk::shim
+
+template <class P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*kernel)(P)) {
+  return samk::shim::find(reinterpret_cast<void (*)()>(kernel));
+}
 
 // There is no dynamic shared memory: shared_bytes must be 0.
 template <class P>

@@ -15,6 +15,11 @@ namespace {
 constexpr int kProcessors = 2;  // few, so that grids stay small
 constexpr int kVersion = 12010;
 
+struct Pretended {
+  int driver = kVersion, capability = 90;
+  cudaError_t kernel_status = cudaSuccess;
+} pretended;
+
 // Of the calling thread.
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local std::string last_failure;
@@ -92,7 +97,13 @@ cudaError_t launch(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_by
   return keep(run(kernel, grid, block));
 }
 
+cudaError_t find(void (*)()) { return keep(pretended.kernel_status); }
+
 }  // namespace samk::shim
+
+void samk_shim_pretend(int32_t driver, int32_t capability, int32_t kernel_status) {
+  pretended = {driver, capability, static_cast<cudaError_t>(kernel_status)};
+}
 
 void samk_shim_seed(uint64_t seed) {
   const std::lock_guard<std::mutex> guard(one_launch);
@@ -111,8 +122,16 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "out of memory";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
+    case cudaErrorInvalidDeviceFunction:
+      return "invalid device function";
     case cudaErrorInvalidDevice:
       return "invalid device ordinal";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
+    case cudaErrorInvalidPtx:
+      return "a PTX JIT compilation failed";
+    case cudaErrorUnsupportedPtxVersion:
+      return "the provided PTX was compiled with an unsupported toolchain.";
     case cudaErrorLaunchFailure:
       return last_failure.empty() ? "unspecified launch failure" : last_failure.c_str();
   }
@@ -140,10 +159,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       *value = kProcessors;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
+      *value = pretended.capability / 10;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
+      *value = pretended.capability % 10;
       return cudaSuccess;
   }
   return keep(cudaErrorInvalidValue);
@@ -154,4 +173,12 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
   return cudaSuccess;
 }
 
-cudaError_t cudaDriverGetVersion(int* version) { return cudaRuntimeGetVersion(version); }
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = pretended.driver;
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
