@@ -105,8 +105,8 @@ def chunk_sum(
     total = chunk_sum_in(g, w, n, eta, peak, T, S, METRIC, MOMENT, Q, BLOCK)
     if (MOMENT == SQUARE) & (S == tl.float32):
         if ((total <= LARGE_SUM) == 0) | ((total != 0) & (total < SMALL_SUM)):
-            # Gradients beyond 1.8e19, or all below 1e-15: once more in double. A sum of exactly 0 is taken as it
-            # is; note: [range of squares] in csrc says what that can lose.
+            # Gradients beyond 1.8e19, or all below 1e-15: once more in double. A sum of exactly 0 is taken as
+            # it is; note: [range of squares] in csrc says what that can lose.
             total = chunk_sum_in(g, w, n, eta, peak, T, tl.float64, METRIC, MOMENT, Q, BLOCK)
     return total
 
