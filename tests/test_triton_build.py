@@ -36,11 +36,9 @@ HELPER = Path(__file__).with_name("aot.py")
 THREADS_OF_WARP = 32
 REGISTERS_OF_THREAD, REGISTERS_OF_PROCESSOR = 255, 65536
 
-# The assembler may set a few scalars aside, in bytes of a thread, where one more register would leave room
-# for one block of threads less. It chooses so itself, and differently from one Triton to the next.
-SET_ASIDE = 0
-# There it does so in a loop over aligned blocks, three numbers beside one fp64 power for each element.
-SPILLS_IN_LOOPS = set()
+# Bytes of a thread that an assembler sets aside once for a chunk to fit one more block of threads beside, and
+# never in a loop over blocks. The assembler of Triton 3.6 does so; that of 3.9 does not.
+SET_ASIDE = {("sm_80", "float64", "descend sgd momentum"): 16}
 
 pytestmark = pytest.mark.slow
 if triton.load()[1] is not None:
@@ -101,7 +99,7 @@ def compile_all(sources: Path, folder: Path, *selections: str) -> list[Compiled]
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
-    """All of SELECTED, which takes most of a minute on two cores."""
+    """All of SELECTED, which takes about a minute on two cores."""
     selections = (f"{target}:{dtypes}" for target, dtypes in SELECTED.items())
     sources = Path(sam_kernels.__file__).parents[1]
     return compile_all(sources, tmp_path_factory.mktemp("triton"), *selections)
@@ -154,17 +152,13 @@ def resources(one: Compiled) -> dict[str, int]:
     return {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", usage[1])}
 
 
-def resident(one: Compiled, registers: int) -> int:
-    """How many blocks of threads a processor has registers for."""
-    of_thread = -(-registers // 8) * 8  # a warp is given registers by eight for each thread
-    return REGISTERS_OF_PROCESSOR // (of_thread * one.constants["num_warps"] * THREADS_OF_WARP)
-
-
 def test_a_block_of_threads_fits_a_processor(of_target):
     for one in of_target:
         registers = resources(one)["REG"]
+        allocated = -(-registers // 8) * 8  # a warp is given registers by eight for each thread
+        threads = one.constants["num_warps"] * THREADS_OF_WARP
         assert registers <= REGISTERS_OF_THREAD, f"{one}: {registers}"
-        assert resident(one, registers) >= 1, f"{one}: {registers}"
+        assert threads * allocated <= REGISTERS_OF_PROCESSOR, f"{one}: {registers} for {threads} threads"
 
 
 # ---- loads and stores ----
@@ -253,15 +247,18 @@ def test_aligned_blocks_move_sixteen_bytes_at_a_time(of_target):
     assert not [problem for one in of_target if (problem := narrow_access(one))]
 
 
+# ---- local memory ----
+
+
 def spill(one: Compiled) -> str | None:
-    """More than a few scalars in local memory, or any without need, or in a loop over aligned blocks."""
+    """What lies in local memory instead of registers."""
     used = resources(one)
-    steps_down = 1 <= resident(one, used["REG"] + 1) < resident(one, used["REG"])
-    if used["LOCAL"] or used["STACK"] > (SET_ASIDE if steps_down else 0):
+    if used["LOCAL"] or used["STACK"] > SET_ASIDE.get((one.target, one.dtype, one.variant), 0):
         return f"{one}: {used}"
+    if not used["STACK"] and re.search(r"\b(?:LDL|STL)\b", one.sass):
+        return f"{one}: local memory without a stack"
     met = sum(loop.local for loop in wide_loops(one.sass))
-    is_known = (one.target, one.dtype, one.variant) in SPILLS_IN_LOOPS
-    return f"{one}: {met} accesses of local memory in loops" if met and not is_known else None
+    return f"{one}: {met} accesses of local memory in loops over blocks" if met else None
 
 
 def test_no_kernel_of_any_target_spills(of_target):

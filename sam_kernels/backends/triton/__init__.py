@@ -28,7 +28,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _BITS = {2: "int16", 4: "int32", 8: "int64"}
 
 # A block is two 16-byte loads for each of 256 threads; half of that where a kernel would run out of registers
-# otherwise: powers take many, and so do sixteen elements at a time with their moments.
+# otherwise: powers take many, and so do sixteen elements at a time of three lists or more.
 _BLOCK_BYTES = 8192
 _LAUNCH = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
 # Left to itself, NVIDIA's assembler spills a few registers of kernels with powers to fit one more block in.
@@ -159,7 +159,7 @@ class Triton:
             plan.partials,
             plan.counter,
             dots,
-            **_settings(dtype),
+            **_settings(dtype, many_lists=len(lists) > 2),
             COUNT=len(lists),
         )
         return dots
@@ -220,7 +220,7 @@ class Triton:
             scalars(found_inf, group, torch.float32),
             scalars(inv_scale, group, torch.float32),
             plan.counter,
-            **_settings(group.dtype, has_moments=rule == "adam"),
+            **_settings(group.dtype, many_lists=rule == "adam"),
             RULE=_RULES[rule],
             HAS_BUFFERS=rule == "sgd" and state["momentum_buffer"] > 0,
         )
@@ -267,11 +267,11 @@ def _plan(group: TensorGroup) -> Plan:
     return plan
 
 
-def _settings(dtype: torch.dtype, takes_powers: bool = False, has_moments: bool = False) -> dict[str, Any]:
+def _settings(dtype: torch.dtype, takes_powers: bool = False, many_lists: bool = False) -> dict[str, Any]:
     """Stored type, calculating type, block size and launch options, as kernels take them."""
     import triton.language as tl
 
-    halves = 2 if takes_powers or (has_moments and dtype.itemsize == 2) else 1
+    halves = 2 if takes_powers or (many_lists and dtype.itemsize == 2) else 1
     return {
         "T": getattr(tl, str(dtype)[6:]),
         "S": tl.float64 if dtype == torch.float64 else tl.float32,
