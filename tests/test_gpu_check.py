@@ -399,13 +399,13 @@ def test_stage_2_finds_a_backend_that_is_wrong(session, monkeypatch):
 def counting_stand(monkeypatch):
     """A stand-in that counts Triton's launches and uploads, and refuses uploads in a replay."""
     events, replaying = [], []
-    upload, launch = triton.plan.Plan._upload, triton.Triton._launch
+    upload, launch = triton.plan.Table._upload, triton.Triton._launch
 
     def counted_upload(self):
         if replaying:
             raise RuntimeError("the address of a tensor changed during the capture")
         events.append("upload")
-        upload(self)
+        return upload(self)
 
     def counted_launch(self, *args, **more):
         launch(self, *args, **more)
@@ -429,7 +429,7 @@ def counting_stand(monkeypatch):
 
         return replay
 
-    monkeypatch.setattr(triton.plan.Plan, "_upload", counted_upload)
+    monkeypatch.setattr(triton.plan.Table, "_upload", counted_upload)
     monkeypatch.setattr(triton.Triton, "_launch", counted_launch)
     monkeypatch.setattr(Stand, "launches", launches)
     monkeypatch.setattr(Stand, "capture", capture)

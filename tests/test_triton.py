@@ -10,6 +10,7 @@ import interpreted
 import numpy as np
 import pytest
 import torch
+from cases import RECIPES
 from torch.nn import Parameter
 
 from sam_kernels import SAM, backends
@@ -78,6 +79,12 @@ def test_a_triton_that_is_too_old_is_refused(without_kernels):
     )
 
 
+@pytest.mark.parametrize("version", [{}, {"__version__": "unknown"}], ids=["a folder of that name", "odd"])
+def test_what_is_no_triton_is_refused(without_kernels, version):
+    without_kernels(SimpleNamespace(**version))
+    assert "is not Triton, or has no version" in triton.BACKEND.refusal(stand_in())
+
+
 def test_a_triton_that_breaks_at_import_is_a_sentence(monkeypatch, without_kernels):
     def broken(name, *rest):
         if name == "triton":
@@ -102,12 +109,26 @@ def test_a_device_it_cannot_compile_for_is_a_sentence(monkeypatch, fresh_runtime
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(torch.cuda, "device", lambda index: SimpleNamespace(__enter__=None))
     driver = SimpleNamespace(active=SimpleNamespace(get_current_target=no_target))
     monkeypatch.setattr(compiler.runtime, "driver", driver)
     monkeypatch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
     sentence = runtime.device_problem(0)
     assert sentence == "Triton cannot compile for this device: RuntimeError: Failed to find C compiler"
+
+
+@interpreted.needed
+@pytest.mark.parametrize(("arch", "serves"), [(61, False), (70, True), (90, True)])
+def test_a_device_without_ordered_atomics_is_refused(monkeypatch, fresh_runtime, arch, serves):
+    import triton as compiler
+
+    target = SimpleNamespace(backend="cuda", arch=arch)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: target))
+    monkeypatch.setattr(compiler.runtime, "driver", driver)
+    sentence = runtime.device_problem(0)
+    assert (sentence is None) == serves
+    assert serves or "capability 7.0 or newer, and this device has sm_61" in sentence
 
 
 def test_asked_for_by_name_where_it_cannot_serve_it_raises():
@@ -164,47 +185,93 @@ def test_chunks_depend_on_the_total_size_alone():
 # ---- addresses -------------------------------------------------------------------------------------
 
 
+CPU = torch.device("cpu")
+
+
 @pytest.fixture
-def table():
-    return plan.Plan([3, 0, 5], [0, 0, 0], torch.device("cpu"))
+def layout():
+    return plan.Plan([3, 0, 5], [0, 0, 0], CPU)
 
 
 def tensors():
     return [torch.zeros(3), torch.zeros(0), torch.zeros(5)]
 
 
-def test_addresses_are_uploaded_only_when_one_changed(table, monkeypatch):
-    uploads = []
-    upload = table._upload
-    monkeypatch.setattr(table, "_upload", lambda: (uploads.append(1), upload()))
-    lists = tensors()
+@pytest.fixture
+def uploads(monkeypatch):
+    """A mark for every upload of addresses."""
+    marks = []
+    upload = plan.Table._upload
+    monkeypatch.setattr(plan.Table, "_upload", lambda self: (marks.append(1), upload(self))[1])
+    return marks
+
+
+def test_addresses_are_uploaded_only_when_one_changed(layout, uploads):
+    table, lists = layout.table("perturb_"), tensors()
     for _ in range(3):
-        table.point(plan.List.PARAMS, "params", lists, torch.float32)
-        table.addresses()
+        layout.point(table, plan.List.PARAMS, "params", lists, torch.float32)
+        table.on_device()
     assert len(uploads) == 1
-    table.point(plan.List.GRADS, "grads", [lists[0], None, lists[2]], torch.float32)
-    assert table.addresses()[plan.List.GRADS].tolist() == [lists[0].data_ptr(), 0, lists[2].data_ptr()]
+    layout.point(table, plan.List.GRADS, "grads", [lists[0], None, lists[2]], torch.float32)
+    assert table.on_device()[plan.List.GRADS].tolist() == [lists[0].data_ptr(), 0, lists[2].data_ptr()]
     assert len(uploads) == 2
 
 
-def test_a_tensor_without_elements_takes_part(table):
-    assert table.point(plan.List.PARAMS, "params", tensors(), torch.float32) == 3
-    assert table.addresses()[plan.List.PARAMS, 1] != 0
+def test_a_tensor_without_elements_takes_part(layout):
+    table = layout.table("perturb_")
+    assert layout.point(table, plan.List.PARAMS, "params", tensors(), torch.float32) == 3
+    assert table.on_device()[plan.List.PARAMS, 1] != 0
 
 
-def test_an_address_that_changes_during_a_capture_is_refused_and_a_graph_keeps_its_table(table, monkeypatch):
-    lists = tensors()
-    table.point(plan.List.PARAMS, "params", lists, torch.float32)
-    table.addresses()
+def test_tensors_on_another_device_are_refused(layout, monkeypatch):
+    layout.device = torch.device("cuda", 0)
+    with pytest.raises(ValueError, match=r"exp_avg\[0\] is on cpu but the parameters are on cuda:0"):
+        layout.point(layout.table("descend_"), plan.List.LISTS, "exp_avg", tensors(), torch.float32)
+
+
+def test_an_address_that_changes_during_a_capture_is_refused_and_a_graph_keeps_its_table(layout, monkeypatch):
+    table, lists = layout.table("perturb_"), tensors()
+    layout.point(table, plan.List.PARAMS, "params", lists, torch.float32)
+    table.on_device()
     monkeypatch.setattr(plan, "is_capturing", lambda device: True)
-    captured = table.addresses()
+    captured = table.on_device()
     kept = captured.clone()
-    table.point(plan.List.PARAMS, "params", tensors(), torch.float32)
+    others = tensors()  # kept, or the second list could get the memory of the first
+    layout.point(table, plan.List.PARAMS, "params", others, torch.float32)
     with pytest.raises(RuntimeError, match="during the capture of a CUDA graph.*set_to_none=False"):
-        table.addresses()
+        table.on_device()
+    with pytest.raises(RuntimeError, match="during the capture of a CUDA graph"):
+        plan.Plan([3], [0], CPU)
     monkeypatch.setattr(plan, "is_capturing", lambda device: False)
-    later = table.addresses()
+    later = table.on_device()
     assert later is not captured and torch.equal(captured, kept) and not torch.equal(later, kept)
+
+
+@interpreted.needed
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda case: case.label)
+def test_steps_with_everything_in_place_upload_nothing_and_can_be_captured(
+    uploads, monkeypatch, recipe, base
+):
+    norms = torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(3), "fc": torch.nn.Linear(3, 2)})
+    momentum = {"momentum": 0.9} if base is torch.optim.SGD else {}
+    opt = SAM.wrap(
+        base(norms.parameters(), lr=0.1, **momentum), model=norms, backend="interpreted", **recipe.options()
+    )
+
+    def step():
+        for p in norms.parameters():
+            p.grad = torch.ones_like(p) if p.grad is None else p.grad
+        opt.first_step()
+        opt.second_step()
+
+    for _ in range(4):
+        step()
+    uploads.clear()
+    monkeypatch.setattr(plan, "is_capturing", lambda device: True)
+    for _ in range(2):
+        step()
+    assert not uploads
 
 
 # ---- launches --------------------------------------------------------------------------------------

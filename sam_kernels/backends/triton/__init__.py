@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...tensor_groups import TensorGroup
 from ..handover import count_descent, count_perturbation, count_write, has_momentum, measured, scalars
-from .plan import List, Plan
+from .plan import List, Plan, Table
 from .runtime import describe as describe
 from .runtime import device_problem, load
 
@@ -81,16 +81,19 @@ class Triton:
         per_tensor: bool = False,
     ) -> Tensor:
         plan = _plan(group)
-        table, tensors, reads_weights = measured(group, of)
+        scalar_table, tensors, reads_weights = measured(group, of)
+        # The perturbation reads the same gradients: one upload for both.
+        table = plan.table("sq_norm, perturb_" if of == "gradient" else "sq_norm of weights")
         if reads_weights:
-            plan.point(List.PARAMS, "params", group.params, group.dtype)
-        plan.point(List.GRADS, "grads", tensors, group.dtype)
+            plan.point(table, List.PARAMS, "params", group.params, group.dtype)
+        plan.point(table, List.GRADS, "grads", tensors, group.dtype)
         # Fresh results each time: the caller may hold an earlier one.
         total = torch.empty((), dtype=torch.float64, device=group.device)
         self._launch(
             "sq_norm",
             plan,
             table,
+            scalar_table,
             plan.chunks,
             plan.count,
             scalars(peak, group, torch.float64),
@@ -123,12 +126,14 @@ class Triton:
         tensor_scale: Tensor | None = None,
     ) -> None:
         plan = _plan(group)
-        plan.point(List.PARAMS, "params", group.params, group.dtype)
-        plan.point(List.GRADS, "grads", group.grads, group.dtype)
-        present = plan.point(List.SNAPSHOTS, "snapshots", group.snapshots, group.dtype)
+        table = plan.table("sq_norm, perturb_")
+        plan.point(table, List.PARAMS, "params", group.params, group.dtype)
+        plan.point(table, List.GRADS, "grads", group.grads, group.dtype)
+        present = _point_snapshots(plan, table, group)
         self._launch(
             "perturb",
             plan,
+            table,
             group.table,
             plan.chunks,
             plan.count,
@@ -142,18 +147,21 @@ class Triton:
 
     def restore_(self, group: TensorGroup) -> None:
         plan = _plan(group)
-        plan.point(List.PARAMS, "params", group.params, group.dtype)
-        present = plan.point(List.SNAPSHOTS, "snapshots", group.snapshots, group.dtype)
-        self._launch("restore", plan, plan.chunks, plan.count, **_bits(group.dtype))
+        table = plan.table("restore_")
+        plan.point(table, List.PARAMS, "params", group.params, group.dtype)
+        present = _point_snapshots(plan, table, group)
+        self._launch("restore", plan, table, plan.chunks, plan.count, **_bits(group.dtype))
         count_write(group.params, group.snapshots, present)
 
     def grad_stats(self, group: TensorGroup, lists: list[list[Tensor | None]]) -> Tensor:
         plan = _plan(group)
-        dtype = self._point_foreign("grad_stats", plan, group, lists=lists)
+        table = plan.table("grad_stats")
+        dtype = self._point_foreign("grad_stats", plan, table, group, lists=lists)
         dots = torch.empty(len(lists) * (len(lists) + 1) // 2, dtype=torch.float64, device=group.device)
         self._launch(
             "grad_stats",
             plan,
+            table,
             plan.chunks,
             plan.count,
             plan.partials,
@@ -172,10 +180,12 @@ class Triton:
         coefficients: Tensor,
     ) -> None:
         plan = _plan(group)
-        dtype = self._point_foreign("combine_", plan, group, lists=lists, outs=outs)
+        table = plan.table("combine_")
+        dtype = self._point_foreign("combine_", plan, table, group, lists=lists, outs=outs)
         self._launch(
             "combine",
             plan,
+            table,
             plan.chunks,
             plan.count,
             scalars(coefficients, group, torch.float64),
@@ -197,22 +207,26 @@ class Triton:
         inv_scale: Tensor | None = None,
     ) -> None:
         plan = _plan(group)
-        plan.point(List.PARAMS, "params", group.params, group.dtype)
-        moving = plan.point(List.GRADS, "grads", group.grads, group.dtype)
-        plan.point(List.SNAPSHOTS, "snapshots", group.snapshots, group.dtype)
+        # Steps that perturb and steps that do not may take turns, so each kind has its own addresses.
+        table = plan.table("descend_" if any(x is not None for x in group.snapshots) else "descend_ alone")
+        plan.point(table, List.PARAMS, "params", group.params, group.dtype)
+        moving = plan.point(table, List.GRADS, "grads", group.grads, group.dtype)
+        _point_snapshots(plan, table, group)
         names = ["momentum_buffer"] if rule == "sgd" else ["exp_avg", "exp_avg_sq"]
         state = {
-            name: plan.point(List.LISTS + i, name, slots[name], group.dtype) for i, name in enumerate(names)
+            name: plan.point(table, List.LISTS + i, name, slots[name], group.dtype)
+            for i, name in enumerate(names)
         }
         if rule == "adam":
             ones = [1] * plan.count
-            state["step"] = plan.point(List.STEPS, "step", slots["step"], torch.float32, ones)
-        _require(group, rule, slots, list(state))
-        fresh = slots.get("fresh") or [False] * plan.count
-        plan.put(List.FRESH, np.array(fresh, dtype=np.int64))
+            state["step"] = plan.point(table, List.STEPS, "step", slots["step"], torch.float32, ones)
+        _require(table, group, rule, state)
+        fresh = slots.get("fresh") or []
+        table.put(List.FRESH, np.array(fresh, dtype=np.int64) if fresh else np.zeros(plan.count, np.int64))
         self._launch(
             "descend",
             plan,
+            table,
             group.table,
             plan.chunks,
             plan.count,
@@ -227,7 +241,7 @@ class Triton:
         count_descent(group, slots, state, moving)
 
     def _point_foreign(
-        self, kernel: str, plan: Plan, group: TensorGroup, **lists: list[list[Tensor | None]]
+        self, kernel: str, plan: Plan, table: Table, group: TensorGroup, **lists: list[list[Tensor | None]]
     ) -> torch.dtype:
         """Point at lists that the group did not make; their one dtype."""
         found = {
@@ -248,14 +262,14 @@ class Triton:
             if not 1 <= len(columns) <= most:
                 raise ValueError(f"{kernel}: got {len(columns)} {name}; expected 1 to {most}")
             for i, tensors in enumerate(columns):
-                plan.point(row + i, f"{name}[{i}]", tensors, dtype)
+                plan.point(table, row + i, f"{name}[{i}]", tensors, dtype)
         return dtype
 
-    def _launch(self, kernel: str, plan: Plan, *arguments: Any, **constants: Any) -> None:
+    def _launch(self, kernel: str, plan: Plan, table: Table, *arguments: Any, **constants: Any) -> None:
         kernels = load()[0]
         grid = min(plan.chunks, _programs(plan.device))
         with _on(plan.device):
-            getattr(kernels, kernel)[(grid,)](plan.layout, plan.addresses(), *arguments, **constants)
+            getattr(kernels, kernel)[(grid,)](plan.layout, table.on_device(), *arguments, **constants)
 
 
 def _plan(group: TensorGroup) -> Plan:
@@ -286,13 +300,25 @@ def _bits(dtype: torch.dtype) -> dict[str, Any]:
     return {"T": getattr(tl, _BITS[dtype.itemsize]), "BLOCK": _BLOCK_BYTES // dtype.itemsize, **_LAUNCH}
 
 
-def _require(group: TensorGroup, rule: str, slots: dict[str, list[Any]], names: list[str]) -> None:
+def _point_snapshots(plan: Plan, table: Table, group: TensorGroup) -> int:
+    """How many tensors have a snapshot; addresses of buffers that stand between steps are read once."""
+    standing = group.standing_snapshots is not None and group.snapshots is group.standing_snapshots
+    if standing and table.snapshots is group.snapshots:
+        return plan.count
+    present = plan.point(table, List.SNAPSHOTS, "snapshots", group.snapshots, group.dtype)
+    table.snapshots = group.snapshots if standing else None
+    return present
+
+
+def _require(table: Table, group: TensorGroup, rule: str, state: dict[str, int]) -> None:
     """Refuse a gradient without the state its rule writes: that would be a write to address 0."""
-    with_momentum = has_momentum(group)
-    for name in names:
-        for t, (g, x) in enumerate(zip(group.grads, slots[name], strict=True)):
-            if g is not None and x is None and (rule != "sgd" or with_momentum[group.row[t]]):
-                raise ValueError(f"descend_: grads[{t}] is there but {name}[{t}] is None")
+    needs = table.rows[List.GRADS] != 0
+    if rule == "sgd":
+        needs &= np.array(has_momentum(group), dtype=bool)[group.row]
+    for i, name in enumerate(state):
+        row = List.STEPS if name == "step" else List.LISTS + i
+        for t in np.flatnonzero(needs & (table.rows[row] == 0)).tolist():
+            raise ValueError(f"descend_: grads[{t}] is there but {name}[{t}] is None")
 
 
 def _programs(device: torch.device) -> int:

@@ -2,8 +2,9 @@
 
 note: [tables]
 Kernels take addresses from int64 tables, so one launch serves any number of tensors. The chunks follow
-from the sizes alone and are uploaded once. The addresses are uploaded before a pass in one asynchronous copy
-from pinned memory, and only if one of them changed since the last time.
+from the sizes alone and are uploaded once. Passes that read different lists have different tables, each
+uploaded before a pass in one asynchronous copy from pinned memory, and only if an address in it changed since
+the last time.
 """
 
 from __future__ import annotations
@@ -46,7 +47,13 @@ CHUNK_COLUMNS = 5
 # What stands for the address of a tensor without elements, which has none: it takes part all the same.
 _NOTHING = 16
 
-_get_dtype = operator.attrgetter("dtype")
+_get_dtype, _get_device = operator.attrgetter("dtype"), operator.attrgetter("device")
+
+_CAPTURING = (
+    "the address of a tensor changed during the capture of a CUDA graph, and the Triton passes would have to "
+    "wait for its upload; take a step with the same tensors first, with gradients that stay where they are "
+    "(zero_grad(set_to_none=False)), or use the native backend"
+)
 
 
 def chunk_size(total: int) -> int:
@@ -84,96 +91,116 @@ def cut(sizes: list[int], row: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(chunks[order]), first
 
 
-class Plan:
-    """The chunks and addresses of one layout, on its device.
+class Table:
+    """The addresses that one pass reads, on the host and on the device. note: [tables]"""
 
-    Args:
-        sizes: elements of each tensor.
-        row: per tensor, its row of the table of scalars.
-        device: where the tensors are.
-    """
-
-    def __init__(self, sizes: list[int], row: list[int], device: torch.device) -> None:
-        self._sizes = sizes
-        self._host = np.zeros((ROWS, len(sizes)), dtype=np.int64)
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.rows = np.zeros((ROWS, count), dtype=np.int64)
+        self.snapshots: Any = None  # the list of snapshots that was read last, where it stands between steps
+        self._device = device
+        self._on_device: Tensor | None = None
         self._is_stale = True
-        self._graphs_hold: list[Tensor] = []
         self._is_captured = False
-        chunks, first = cut(sizes, row)
-        self.device = device
-        self.chunks = len(chunks)
-        self.count = len(sizes)
-        self.layout = torch.from_numpy(chunks).to(device)
-        self.first = torch.from_numpy(first).to(device)
-        self.partials = torch.zeros(self.chunks, 6, dtype=torch.float64, device=device)
-        self.counter = torch.zeros(1, dtype=torch.int32, device=device)
-        self._table = torch.zeros(ROWS, len(sizes), dtype=torch.int64, device=device)
-
-    def point(self, row: int, name: str, tensors: Tensors, dtype: torch.dtype, sizes: Any = None) -> int:
-        """Take the addresses of one list; returns how many of its tensors are there.
-
-        Args:
-            row: of the table of addresses.
-            name: of the list, for messages.
-            sizes: elements each tensor must have; those of the plan by default.
-
-        Raises:
-            ValueError: if a tensor has another size or dtype, or no memory.
-        """
-        sizes = self._sizes if sizes is None else sizes
-        try:
-            addresses = np.array(list(map(Tensor.data_ptr, tensors)), dtype=np.int64)  # type: ignore[arg-type]
-            fits = list(map(Tensor.numel, tensors)) == sizes  # type: ignore[arg-type]
-            fits = fits and set(map(_get_dtype, tensors)) <= {dtype}
-            is_there = np.ones(len(tensors), dtype=bool)
-        except TypeError:  # a None among them; asking each one beforehand would cost a pass of its own
-            is_there = np.array([x is not None for x in tensors])
-            addresses = np.array([0 if x is None else x.data_ptr() for x in tensors], dtype=np.int64)
-            fits = False
-        if not fits or len(tensors) != self.count:
-            self._check(name, tensors, dtype, sizes)
-        missing = (addresses == 0) & is_there
-        if missing.any():
-            self._check_memory(name, tensors, missing)
-            addresses[missing] = _NOTHING
-        self.put(row, addresses)
-        return int(is_there.sum())
+        self._graphs_hold: list[Tensor] = []
 
     def put(self, row: int, numbers: np.ndarray) -> None:
-        """Write one row of the table of addresses."""
-        if not np.array_equal(self._host[row], numbers):
-            self._host[row] = numbers
+        """Write one row."""
+        if not np.array_equal(self.rows[row], numbers):
+            self.rows[row] = numbers
             self._is_stale = True
 
-    def addresses(self) -> Tensor:
+    def on_device(self) -> Tensor:
         """The table on the device, as it is after what was put into it.
 
         Raises:
             RuntimeError: if an address changed while a CUDA graph is captured.
         """
-        capturing = is_capturing(self.device)
-        if self._is_stale:
+        capturing = is_capturing(self._device)
+        if self._is_stale or self._on_device is None:
             if capturing:
-                raise RuntimeError(
-                    "the address of a tensor changed during the capture of a CUDA graph, and the Triton "
-                    "passes would have to wait for its upload; take a step with the same tensors first, with "
-                    "gradients that stay where they are (zero_grad(set_to_none=False)), or use the native "
-                    "backend"
-                )
-            self._upload()
+                raise RuntimeError(_CAPTURING)
+            self._on_device = self._upload()
         self._is_captured = self._is_captured or capturing
-        return self._table
+        return self._on_device
 
-    def _upload(self) -> None:
-        if self._is_captured:
-            # A graph reads this table at every replay: from now on it is the graph's.
-            self._graphs_hold.append(self._table)
-            self._table, self._is_captured = torch.empty_like(self._table), False
-        block = torch.from_numpy(self._host.copy())
-        if self.device.type == "cuda":
-            block = block.pin_memory()  # torch keeps the block until the copy is over
-        self._table.copy_(block, non_blocking=True)
+    def _upload(self) -> Tensor:
+        present = self._on_device
+        if self._is_captured and present is not None:
+            # A graph reads this one at every replay: from now on it is the graph's.
+            self._graphs_hold.append(present)
+            present, self._is_captured = None, False
+        if present is None:
+            present = torch.empty(self.rows.shape, dtype=torch.int64, device=self._device)
+        present.copy_(_ready(torch.from_numpy(self.rows.copy()), self._device), non_blocking=True)
         self._is_stale = False
+        return present
+
+
+class Plan:
+    """The chunks of one layout and the addresses of each pass over it, on its device.
+
+    Args:
+        sizes: elements of each tensor.
+        row: per tensor, its row of the table of scalars.
+        device: where the tensors are.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured.
+    """
+
+    def __init__(self, sizes: list[int], row: list[int], device: torch.device) -> None:
+        if is_capturing(device):
+            raise RuntimeError(_CAPTURING)
+        chunks, first = (torch.from_numpy(x) for x in cut(sizes, row))
+        self.device = device
+        self.chunks = len(chunks)
+        self.count = len(sizes)
+        self.layout = _ready(chunks, device).to(device, non_blocking=True)
+        self.first = _ready(first, device).to(device, non_blocking=True)
+        self.partials = torch.zeros(self.chunks, 6, dtype=torch.float64, device=device)
+        self.counter = torch.zeros(1, dtype=torch.int32, device=device)
+        self._sizes = sizes
+        self._tables: dict[str, Table] = {}
+
+    def table(self, name: str) -> Table:
+        """The table of that name. One for all passes would change within a step, and could not be captured."""
+        if name not in self._tables:
+            self._tables[name] = Table(self.count, self.device)
+        return self._tables[name]
+
+    def point(
+        self, table: Table, row: int, name: str, tensors: Tensors, dtype: torch.dtype, sizes: Any = None
+    ) -> int:
+        """Take the addresses of one list; returns how many of its tensors are there.
+
+        Args:
+            table: of the pass that will read it.
+            row: of that table.
+            name: of the list, for messages.
+            sizes: elements each tensor must have; those of the plan by default.
+
+        Raises:
+            ValueError: if a tensor has another size, dtype or device, or no memory.
+        """
+        sizes = self._sizes if sizes is None else sizes
+        try:
+            addresses = np.array(list(map(Tensor.data_ptr, tensors)), dtype=np.int64)  # type: ignore[arg-type]
+            fits = list(map(Tensor.numel, tensors)) == sizes  # type: ignore[arg-type]
+            fits = fits and set(map(_get_dtype, tensors)) == {dtype}
+            fits = fits and set(map(_get_device, tensors)) == {self.device}
+            is_there = np.ones(len(tensors), dtype=bool)
+        except TypeError:  # a None among them; asking each one beforehand would cost a pass of its own
+            is_there = np.array([x is not None for x in tensors])
+            addresses = np.array([0 if x is None else x.data_ptr() for x in tensors], dtype=np.int64)
+            fits = False
+        missing = (addresses == 0) & is_there
+        if missing.any():
+            self._check_memory(name, tensors, missing)
+            addresses[missing] = _NOTHING
+        if not fits:
+            self._check(name, tensors, dtype, sizes)
+        table.put(row, addresses)
+        return int(is_there.sum())
 
     def _check(self, name: str, tensors: Tensors, dtype: torch.dtype, sizes: list[int]) -> None:
         if len(tensors) != self.count:
@@ -184,6 +211,11 @@ class Plan:
             if x.dtype != dtype:
                 raise ValueError(
                     f"{name}[{t}] is {x.dtype} but the list is {dtype}; a list must have one dtype"
+                )
+            if x.device != self.device:
+                raise ValueError(
+                    f"{name}[{t}] is on {x.device} but the parameters are on {self.device}; move the "
+                    "optimizer's state with its parameters"
                 )
             if x.numel() != size:
                 raise ValueError(f"{name}[{t}] has {x.numel()} elements, expected {size}")
@@ -196,3 +228,8 @@ class Plan:
                     f"{name}[{t}] has {size} elements but no memory in this process (its data_ptr is 0); "
                     "pass local tensors, not DTensors or meta tensors"
                 )
+
+
+def _ready(block: Tensor, device: torch.device) -> Tensor:
+    """Host memory that is copied without waiting; torch keeps a pinned block until its copy is over."""
+    return block.pin_memory() if device.type == "cuda" else block

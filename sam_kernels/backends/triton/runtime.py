@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,14 +45,20 @@ def load() -> tuple[Any, str | None]:
         return None, f"Triton could not be imported: {problem}"
     except Exception as problem:  # whatever a broken installation raises, importing us does not
         return None, f"Triton could not be imported: {type(problem).__name__}: {problem}"
-    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if found < OLDEST:
+    number = re.match(r"(\d+)\.(\d+)", str(getattr(triton, "__version__", "")))
+    if number is None:
+        return None, f"what is imported as triton is not Triton, or has no version: {triton!r}"
+    if (int(number[1]), int(number[2])) < OLDEST:
         return None, (
             f"Triton {triton.__version__} is too old; the passes need {OLDEST[0]}.{OLDEST[1]} or newer, or "
             "use backend='foreach'"
         )
-    from .kernels import combine, descend, grad_stats, perturb, restore, sq_norm
-
+    try:
+        from .kernels import combine, descend, grad_stats, perturb, restore, sq_norm
+    except Exception as problem:  # a Triton that has moved on must not take the other backends with it
+        return None, (
+            f"the kernels do not load under Triton {triton.__version__}: {type(problem).__name__}: {problem}"
+        )
     return (
         SimpleNamespace(
             sq_norm=sq_norm.sq_norm_kernel,
@@ -78,7 +85,9 @@ def device_problem(index: int) -> str | None:
         )
     try:
         with torch.cuda.device(index):
-            triton.runtime.driver.active.get_current_target()
+            target = triton.runtime.driver.active.get_current_target()
     except Exception as problem:  # no C compiler, no Python headers, no driver: each in Triton's own words
         return f"Triton cannot compile for this device: {type(problem).__name__}: {problem}"
+    if target.backend == "cuda" and int(target.arch) < 70:
+        return f"the Triton passes need compute capability 7.0 or newer, and this device has sm_{target.arch}"
     return None

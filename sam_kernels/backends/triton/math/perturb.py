@@ -33,7 +33,7 @@ def apply_linear(u):
 
 @triton.jit
 def apply_sign(u):
-    return tl.where(u > 0, u * 0.0 + 1.0, tl.where(u < 0, u * 0.0 - 1.0, u))
+    return tl.where(u > 0, 1.0, tl.where(u < 0, -1.0, u)).to(u.dtype)
 
 
 @triton.jit
