@@ -176,7 +176,7 @@ _TRITON = (
     _of_triton("ResNet-50's list, SGD, step over native's, in a graph", _RESNET, _GRAPH_RATIO),
     _of_triton("ResNet-50's list, SGD, step over native's, eager", _RESNET, _EAGER_RATIO),
     _of_triton("ResNet-50's list: launches, gradients in place", _RESNET, "launches_in_place", "3", ""),
-    _of_triton("ResNet-50's list: launches, gradients elsewhere", _RESNET, "launches", "5", ""),
+    _of_triton("ResNet-50's list: launches, gradients elsewhere", _RESNET, "launches", "3", ""),
     _of_triton(
         "ResNet-50's list: host time, gradients in place", _RESNET, "host_us_in_place", "45 to 150", " us"
     ),

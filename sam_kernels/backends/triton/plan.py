@@ -163,7 +163,7 @@ class Plan:
         self._tables: dict[str, Table] = {}
 
     def table(self, name: str) -> Table:
-        """The table of that name. One for all passes would change within a step, and could not be captured."""
+        """The table of that name. One for all passes would change within a step, out of a graph's reach."""
         if name not in self._tables:
             self._tables[name] = Table(self.count, self.device)
         return self._tables[name]
