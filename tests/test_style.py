@@ -17,10 +17,11 @@ import sam_kernels
 from sam_kernels import SAM, Recipe, recipes
 
 ROOT = Path(__file__).resolve().parents[1]
+# The CUDA library lies in the package where it was built, and has the name of an extension module; it is none.
 MODULES = sorted(
     m.name
     for m in pkgutil.walk_packages(sam_kernels.__path__, "sam_kernels.")
-    if not re.search(r"__main__|\._native|\._C|triton", m.name)
+    if not re.search(r"__main__|\._native|\._C|\.libsam_kernels|triton", m.name)
 )
 
 
