@@ -17,7 +17,7 @@ import sam_kernels
 from sam_kernels import SAM, Recipe, recipes
 
 ROOT = Path(__file__).resolve().parents[1]
-# The CUDA library lies in the package where it was built, and has the name of an extension module; it is none.
+# The CUDA library lies in the package once built; it has the name of an extension module, but is none.
 MODULES = sorted(
     m.name
     for m in pkgutil.walk_packages(sam_kernels.__path__, "sam_kernels.")
