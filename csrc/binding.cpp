@@ -11,6 +11,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "sam_kernels.h"
@@ -20,7 +21,7 @@ namespace py = pybind11;
 namespace {
 
 // Which list of a pass a table of addresses belongs to.
-enum Slot { kParams, kGrads, kSnapshots, kList0, kList1, kList2, kOut0, kOut1, kSteps, kSlots };
+enum Slot { kParams, kGrads, kSnapshots, kList0, kList1, kList2, kOut0, kOut1, kSteps, kMasks, kWithin, kSlots };
 
 constexpr int kMaxLists = 3;
 constexpr int kMaxOuts = 2;
@@ -72,6 +73,9 @@ struct Library {
   decltype(&samk_grad_stats) grad_stats = samk_grad_stats;
   decltype(&samk_combine) combine = samk_combine;
   decltype(&samk_descend) descend = samk_descend;
+  decltype(&samk_accumulate) accumulate = samk_accumulate;
+  decltype(&samk_count) count = samk_count;
+  decltype(&samk_mark) mark = samk_mark;
   decltype(&samk_last_error) last_error = samk_last_error;
   decltype(&samk_check_device) check_device = nullptr;  // where there are devices
   decltype(&samk_build_info) build_info = nullptr;
@@ -112,11 +116,17 @@ std::shared_ptr<Library> open_library(const std::string& path) {
   find(library->grad_stats, "samk_grad_stats");
   find(library->combine, "samk_combine");
   find(library->descend, "samk_descend");
+  find(library->accumulate, "samk_accumulate");
+  find(library->count, "samk_count");
+  find(library->mark, "samk_mark");
   find(library->last_error, "samk_last_error");
   find(library->check_device, "samk_check_device");
   find(library->build_info, "samk_build_info");
   return library;
 }
+
+// is_random, seed, step, number by tensor, has_within, outside: see samk_ranks.
+using Ranks = std::tuple<bool, std::uint64_t, std::uint32_t, std::vector<std::uint32_t>, bool, bool>;
 
 class Plan {
  public:
@@ -164,7 +174,8 @@ class Plan {
         table.data[t] = nullptr;
         continue;
       }
-      const std::int64_t numel = slot == kSteps ? 1 : numel_[t];
+      const bool is_mask = slot == kMasks || slot == kWithin;
+      const std::int64_t numel = slot == kSteps ? 1 : is_mask ? (numel_[t] + 63) / 64 : numel_[t];
       void* data = PyLong_AsVoidPtr(call(tensor, names().data_ptr).ptr());
       // A held tensor is checked again where its memory was exchanged under it.
       const bool is_known = hold && table.held[t].ptr() == tensor && table.data[t] == data;
@@ -188,6 +199,9 @@ class Plan {
     return present;
   }
 
+  // The words of the masks, or that no tensor has one.
+  void forget_masks() { tables_[kMasks].data.clear(); }
+
   std::int64_t workspace_bytes() const { return library_->plan_workspace_bytes(plan_); }
 
   // Memory of workspace_bytes(), cleared once, and the stream and device of the passes that follow. The CPU
@@ -198,8 +212,9 @@ class Plan {
   }
 
   void sq_norm(std::uintptr_t table, bool reads_params, int moment, double q, std::uintptr_t peak,
-               double root, std::uintptr_t out, std::uintptr_t per_tensor) const {
+               double root, std::uintptr_t out, std::uintptr_t per_tensor, bool is_masked) const {
     samk_sq_norm_args args{};
+    if (is_masked) args.masks = list(kMasks);
     args.grads = list(kGrads);
     if (reads_params) args.params = list(kParams);
     args.row = row_.data();
@@ -225,6 +240,7 @@ class Plan {
     args.params = list(kParams);
     args.grads = list(kGrads);
     args.snapshots = list(kSnapshots);
+    args.masks = list(kMasks);
     args.row = row_.data();
     args.table = at<const double>(table);
     args.shape = shape;
@@ -240,8 +256,50 @@ class Plan {
     samk_restore_args args{};
     args.params = list(kParams);
     args.snapshots = list(kSnapshots);
+    args.masks = list(kMasks);
     args.queue = queue_;
     run([&] { return library_->restore(plan_, &args); });
+  }
+
+  void accumulate() const {
+    samk_accumulate_args args{};
+    args.scores = list(kList0);
+    args.grads = list(kGrads);
+    args.queue = queue_;
+    run([&] { return library_->accumulate(plan_, &args); });
+  }
+
+  void count(const Ranks& ranks, std::int32_t prefix, std::int32_t shift, std::int32_t bits,
+             std::uintptr_t counts) const {
+    samk_count_args args{};
+    args.ranks = read(ranks);
+    args.masks = list(kMasks);
+    args.prefix = prefix;
+    args.shift = shift;
+    args.bits = bits;
+    args.counts = at<std::int64_t>(counts);
+    args.queue = queue_;
+    run([&] { return library_->count(plan_, &args); });
+  }
+
+  void mark(const Ranks& ranks, std::int32_t threshold, std::int32_t shift, bool add,
+            const std::vector<std::int64_t>& position, std::uintptr_t candidates, std::int64_t capacity,
+            std::uintptr_t found) const {
+    samk_mark_args args{};
+    args.ranks = read(ranks);
+    args.masks = list(kMasks);
+    args.threshold = threshold;
+    args.shift = shift;
+    args.add = add;
+    if (candidates != 0 && position.size() != numel_.size()) {
+      throw std::invalid_argument("mark_: candidates need the position of every tensor");
+    }
+    args.position = candidates == 0 ? nullptr : position.data();
+    args.candidates = at<std::int64_t>(candidates);
+    args.capacity = capacity;
+    args.found = at<std::int64_t>(found);
+    args.queue = queue_;
+    run([&] { return library_->mark(plan_, &args); });
   }
 
   void grad_stats(int lists, std::uintptr_t out) const {
@@ -276,6 +334,7 @@ class Plan {
     args.params = list(kParams);
     args.grads = list(kGrads);
     args.snapshots = list(kSnapshots);
+    args.masks = list(kMasks);
     args.row = row_.data();
     args.table = at<const double>(table);
     args.rule = rule;
@@ -309,6 +368,22 @@ class Plan {
   samk_list list(Slot slot) const {
     const Table& table = tables_[slot];
     return {table.data.empty() ? nullptr : table.data.data(), table.dtype};
+  }
+
+  samk_ranks read(const Ranks& given) const {
+    const auto& [is_random, seed, step, number, has_within, outside] = given;
+    if (is_random && number.size() != numel_.size()) {
+      throw std::invalid_argument("random ranks need a number for every tensor");
+    }
+    samk_ranks ranks{};
+    if (!is_random) ranks.scores = list(kList0);
+    ranks.is_random = is_random;
+    ranks.seed = seed;
+    ranks.step = step;
+    ranks.number = is_random ? number.data() : nullptr;
+    if (has_within) ranks.within = list(kWithin);
+    ranks.outside = outside;
+    return ranks;
   }
 
   template <class Pass>
@@ -446,14 +521,20 @@ PYBIND11_MODULE(_native, m) {
       .def("restore", &Plan::restore)
       .def("grad_stats", &Plan::grad_stats)
       .def("combine", &Plan::combine)
-      .def("descend", &Plan::descend);
+      .def("descend", &Plan::descend)
+      .def("forget_masks", &Plan::forget_masks)
+      .def("accumulate", &Plan::accumulate)
+      .def("count", &Plan::count)
+      .def("mark", &Plan::mark);
 
   for (auto [name, slot] : {std::pair<const char*, int>{"PARAMS", kParams},
                             {"GRADS", kGrads},
                             {"SNAPSHOTS", kSnapshots},
                             {"LISTS", kList0},
                             {"OUTS", kOut0},
-                            {"STEPS", kSteps}}) {
+                            {"STEPS", kSteps},
+                            {"MASKS", kMasks},
+                            {"WITHIN", kWithin}}) {
     m.attr(name) = slot;
   }
 

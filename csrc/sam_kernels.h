@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define SAMK_ABI_VERSION 3
+#define SAMK_ABI_VERSION 4
 
 enum samk_dtype { SAMK_F32 = 0, SAMK_F64 = 1, SAMK_BF16 = 2, SAMK_F16 = 3 };
 
@@ -29,6 +29,14 @@ typedef struct samk_list {
   void* const* data;
   int32_t dtype;
 } samk_list;
+
+// note: [masks]
+// A mask has one bit for each element of its tensor, in memory order: element i is bit i % 64 of word i / 64,
+// uint64_t, and the bits beyond the last element are 0. Words begin at multiples of 8 bytes. data[t] == NULL
+// means that tensor t is dense: all its elements are perturbed. The dtype of such a list is not looked at.
+//
+// Where a word is 0, none of its 64 elements has a snapshot: perturb reads and writes nothing there, and who
+// reads snapshots afterwards reads the weight. In other words all 64 elements have one.
 
 // note: [table of scalars]
 // Hyperparameters live in rows of doubles on the device of the tensors; row[t] names the row of
@@ -92,6 +100,7 @@ SAMK_API int64_t samk_plan_workspace_bytes(const samk_plan* plan);
 // out[0] non-finite, whatever the moment. out[0] is then taken to the power 1/root.
 typedef struct samk_sq_norm_args {
   samk_list grads, params;
+  samk_list masks;  // note: [masks]; where there are some, only elements whose bit is set count
   const int32_t* row;
   const double* table;
   int32_t moment;      // enum samk_moment
@@ -115,6 +124,7 @@ SAMK_API int samk_sq_norm(const samk_plan*, const samk_sq_norm_args*);
 // and no snapshot is written or needed.
 typedef struct samk_perturb_args {
   samk_list params, grads, snapshots, masters;
+  samk_list masks;  // note: [masks]; elements whose bit is clear keep their bits
   const int32_t* row;
   const double* table;
   int32_t shape;  // enum samk_shape
@@ -129,6 +139,7 @@ SAMK_API int samk_perturb(const samk_plan*, const samk_perturb_args*);
 // w = snapshot, where there is one.
 typedef struct samk_restore_args {
   samk_list params, snapshots;
+  samk_list masks;  // those of the perturbation
   samk_queue queue;
 } samk_restore_args;
 SAMK_API int samk_restore(const samk_plan*, const samk_restore_args*);
@@ -162,6 +173,7 @@ SAMK_API int samk_combine(const samk_plan*, const samk_combine_args*);
 // included. Where a tensor has a master, that is what is read and updated, and w its rounded copy.
 typedef struct samk_descend_args {
   samk_list params, grads, snapshots, masters;
+  samk_list masks;       // those of the perturbation
   samk_list state[2];    // SGD: momentum_buffer. Adam: exp_avg, exp_avg_sq.
   float* const* step;    // Adam: torch's 0-d float32 step counters, advanced here; NULL for SGD
   const uint8_t* fresh;  // SGD: 1 where momentum_buffer[t] was just created and takes the gradient
@@ -175,6 +187,57 @@ typedef struct samk_descend_args {
   samk_queue queue;
 } samk_descend_args;
 SAMK_API int samk_descend(const samk_plan*, const samk_descend_args*);
+
+// ---- selection of masks: the seventh, occasional pass, in three parts ------------------------------------
+
+// scores += g^2 in fp32, where both are there. Scores are fp32 whatever the gradients are.
+typedef struct samk_accumulate_args {
+  samk_list scores, grads;
+  samk_queue queue;
+} samk_accumulate_args;
+SAMK_API int samk_accumulate(const samk_plan*, const samk_accumulate_args*);
+
+// note: [ranks]
+// What is ranked, and among which elements. The rank of a score is the bit pattern of |score| as fp32, which
+// orders like |score| itself: 0 to 0x7f800000 for infinity, and 0x7f800001 for every NaN. fp64 scores are
+// rounded to fp32. A tensor without scores has zeros. The rank of a random number is the upper 31 bits of
+// random_word(seed, step, number[t], element), see math/random.h.
+typedef struct samk_ranks {
+  samk_list scores;
+  int32_t is_random;
+  uint64_t seed;
+  uint32_t step;
+  const uint32_t* number;  // by tensor; NULL unless is_random
+  samk_list within;        // absent, or masks: elements whose bit is set take part
+  int32_t outside;         // 1: those whose bit is clear do
+} samk_ranks;
+
+// Counts ranks: for elements that take part, with rank >> (shift + bits) == prefix,
+// counts[(rank >> shift) % 2^bits] += 1. Only tensors with data in `masks` take part. At most 11 bits.
+typedef struct samk_count_args {
+  samk_ranks ranks;
+  samk_list masks;
+  int32_t prefix, shift, bits;
+  int64_t* counts;  // [2^bits], cleared by the caller
+  samk_queue queue;
+} samk_count_args;
+SAMK_API int samk_count(const samk_plan*, const samk_count_args*);
+
+// Marks elements that take part: the bit is set where rank >> shift > threshold, clear elsewhere. With `add`
+// bits are only set. The bits beyond the last element are 0.
+// Elements with rank >> shift == threshold are candidates where `candidates` is given: each one adds
+// (rank % 2^shift) << 43 | (2^43 - 1 - (position[t] + element)) to the array, in any order, and 1 to *found.
+typedef struct samk_mark_args {
+  samk_ranks ranks;
+  samk_list masks;  // written
+  int32_t threshold, shift, add;
+  const int64_t* position;  // by tensor, of its first element; NULL without candidates
+  int64_t* candidates;
+  int64_t capacity;  // what does not fit is counted and not written
+  int64_t* found;    // cleared by the caller
+  samk_queue queue;
+} samk_mark_args;
+SAMK_API int samk_mark(const samk_plan*, const samk_mark_args*);
 
 SAMK_API const char* samk_last_error(void);
 SAMK_API int samk_abi_version(void);  // SAMK_ABI_VERSION of the library, to be compared with the caller's

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .backends import Backend, Report, check_wish, resolve
 from .backends.reference import take_root as take_root
-from .tensor_groups import ADAPTIVE, EUCLIDEAN, TensorGroup, is_capturing, is_dense
+from .bitmask import is_dense
+from .tensor_groups import ADAPTIVE, EUCLIDEAN, TensorGroup, is_capturing
 
 
 def sq_norm(

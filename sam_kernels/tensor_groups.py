@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bitmask import is_dense, unpack
 from .policies import Adaptive, Member, Metric
 from .recipe import Recipe
 
@@ -61,18 +62,6 @@ def is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one block of memory without gaps or overlaps, in any order."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return tensor.numel() == 0
-        expected *= size
-    return True
-
-
 class TensorGroup:
     """Parallel lists over the parameters of one device and dtype, and what the passes need of them.
 
@@ -101,6 +90,7 @@ class TensorGroup:
         self.table = torch.zeros(len(keys), COLUMNS, dtype=torch.float64, device=self.device)
         self.grads: list[Tensor | None] = [None] * len(params)
         self.snapshots: list[Tensor | None] = [None] * len(params)
+        self.masks: list[Tensor | None] | None = None  # words of bits, see `sam_kernels.bitmask`
         self.cache: dict[str, Any] = {}
         self.is_perturbed = False
         self.has_all_grads = False
@@ -261,8 +251,13 @@ class TensorGroup:
         Converts where somebody gave a perturbed parameter another dtype, device or strides.
         """
         for t, (param, snapshot) in enumerate(zip(self.params, self.snapshots, strict=True)):
-            if snapshot is not None and self.fits(t):
-                param.copy_(snapshot.view_as(param) if snapshot.shape != param.shape else snapshot)
+            if snapshot is None or not self.fits(t):
+                continue
+            saved = snapshot.view_as(param) if snapshot.shape != param.shape else snapshot
+            words = None if self.masks is None else self.masks[t]
+            if words is not None:  # of weights that were not perturbed there may be no snapshot
+                saved = torch.where(unpack(words, param).to(param.device), saved.to(param), param)
+            param.copy_(saved)
 
     def fits(self, t: int) -> bool:
         """Whether the snapshot of tensor t, if there is one, still fits its parameter."""

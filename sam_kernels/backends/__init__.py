@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from ..ranks import Ranks
 from ..tensor_groups import TensorGroup
 
 # Best first. The automatic choice takes the first that does not refuse.
@@ -38,10 +39,12 @@ class Backend(Protocol):
         peak: Tensor | None = None,
         root: float = 1.0,
         per_tensor: bool = False,
+        masked: bool = False,
     ) -> Tensor:
         """Sum of ``(T g)^2`` (or max of ``|T g|``, or sum of ``(|T g| / peak)^q``), then its root.
 
         Args:
+            masked: of the elements under ``group.masks`` only.
             root: 2 turns the sum of squares into the norm; sums by tensor stay sums.
         """
         ...
@@ -56,7 +59,11 @@ class Backend(Protocol):
         peak: Tensor | None = None,
         tensor_scale: Tensor | None = None,
     ) -> None:
-        """``snapshot = w; w += rho / (norm + eps) * tensor_scale * T h(T g)`` where there is a snapshot."""
+        """``snapshot = w; w += rho / (norm + eps) * tensor_scale * T h(T g)`` where there is a snapshot.
+
+        Elements that ``group.masks`` does not select keep their bits. Of 64 elements whose word is 0 nothing
+        need be read or written, the snapshot included; `restore_` and `descend_` do not read it there.
+        """
         ...
 
     def restore_(self, group: TensorGroup) -> None:
@@ -88,6 +95,49 @@ class Backend(Protocol):
         inv_scale: Tensor | None = None,
     ) -> None:
         """The base optimizer's update, from the snapshot where there is one; restores only if unsafe."""
+        ...
+
+    def accumulate_squares_(self, group: TensorGroup, scores: list[Tensor | None]) -> None:
+        """``scores += g^2`` in float32, where there is a gradient."""
+        ...
+
+    def count_ranks(
+        self,
+        group: TensorGroup,
+        ranks: Ranks,
+        masks: list[Tensor | None],
+        *,
+        prefix: int,
+        shift: int,
+        bits: int,
+    ) -> Tensor:
+        """int64 [2^bits]: how often ``(rank >> shift) % 2^bits`` has each value, where ``rank >> (shift +
+        bits) == prefix``, over the elements that take part in tensors with a mask."""
+        ...
+
+    def mark_(
+        self,
+        group: TensorGroup,
+        ranks: Ranks,
+        masks: list[Tensor | None],
+        *,
+        threshold: int,
+        shift: int,
+        add: bool = False,
+        positions: list[int] | None = None,
+        candidates: Tensor | None = None,
+        found: Tensor | None = None,
+    ) -> None:
+        """Set the bits of elements that take part and have ``rank >> shift > threshold``; clear the others.
+
+        Args:
+            masks: words, written; a None is left out.
+            add: clear none.
+            positions: per tensor, of its first element among all.
+            candidates: int64, gets ``low << 43 | 2^43 - 1 - position`` of every element that takes part and
+                has ``rank >> shift == threshold``, low being the `shift` lowest bits of its rank.
+            found: int64 [1], counts the candidates, also those beyond the end of `candidates`.
+        """
         ...
 
 

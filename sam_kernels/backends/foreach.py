@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..tensor_groups import ADAPTIVE, FIXED, Column, TensorGroup
-from . import reference
+from . import reference, torch_selection
 
 Tensors = list[Tensor]
 Row = list[float]
@@ -53,6 +53,7 @@ class Foreach:
         peak: Tensor | None = None,
         root: float = 1.0,
         per_tensor: bool = False,
+        masked: bool = False,
     ) -> Tensor:
         order = {"square": 2.0, "peak": math.inf, "power": 1.0}[moment]
         indices: list[int] = []
@@ -66,6 +67,10 @@ class Foreach:
             u = w if of == "weight" else _times(_metric_weights(w, row), _pick(group.grads, members))
             if moment == "power":
                 u = _ratios(u, peak, q)
+            if masked:
+                u = [
+                    reference.chosen(x, reference.mask_of(group, t)) for x, t in zip(u, members, strict=True)
+                ]
             for tensor in u:
                 split = _pieces(tensor, group)
                 pieces.extend(split)
@@ -115,11 +120,19 @@ class Foreach:
             _perturb_(w, g, row, scale, shape, q, peak)
             if finite is not True:
                 _keep_(w, snapshots, finite)
+            for t in members if group.masks is not None else ():
+                mask = reference.mask_of(group, t)
+                if mask is not None:
+                    group.params[t].copy_(torch.where(mask, group.params[t], group.snapshots[t]))  # type: ignore[arg-type]
 
     def restore_(self, group: TensorGroup) -> None:
         members = [t for t, snapshot in enumerate(group.snapshots) if snapshot is not None]
         if members:
             many._foreach_copy_(_pick(group.params, members), _pick(group.snapshots, members))
+
+    accumulate_squares_ = staticmethod(torch_selection.accumulate_squares_)
+    count_ranks = staticmethod(torch_selection.count_ranks)
+    mark_ = staticmethod(torch_selection.mark_)
 
     def grad_stats(self, group: TensorGroup, lists: list[list[Tensor | None]]) -> Tensor:
         dots = []

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ranks import Ranks
 from ..tensor_groups import TensorGroup
 from .handover import count_descent, count_perturbation, count_write, has_momentum, measured, scalars
 
 # SAMK_ABI_VERSION of csrc/sam_kernels.h
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 # enum samk_dtype, samk_moment, samk_shape, samk_rule
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -84,8 +85,10 @@ class Native:
         peak: Tensor | None = None,
         root: float = 1.0,
         per_tensor: bool = False,
+        masked: bool = False,
     ) -> Tensor:
         plan = self._plan(group)
+        _point_masks(plan, group)
         table, tensors, reads_weights = measured(group, of)
         if reads_weights:
             plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
@@ -106,6 +109,7 @@ class Native:
             root,
             total.data_ptr(),
             _at(each),
+            masked and group.masks is not None,
         )
         return total if each is None else each
 
@@ -125,6 +129,7 @@ class Native:
         if group.cache.pop("native grads", None) is not group.grads:
             plan.point(_native.GRADS, "grads", group.grads, _DTYPES[group.dtype])
         present = _point_snapshots(plan, group)
+        _point_masks(plan, group)
         held = [scalars(x, group, torch.float64) for x in (peak, norm, tensor_scale)]
         plan.perturb(group.table.data_ptr(), _SHAPES[shape], q or 0.0, *map(_at, held))
         count_perturbation(group, present)
@@ -133,6 +138,7 @@ class Native:
         plan = self._plan(group)
         plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
         present = _point_snapshots(plan, group)
+        _point_masks(plan, group)
         plan.restore()
         count_write(group.params, group.snapshots, present)
 
@@ -179,6 +185,7 @@ class Native:
         plan.point(_native.PARAMS, "params", group.params, code)
         moving = plan.point(_native.GRADS, "grads", group.grads, code)
         _point_snapshots(plan, group)
+        _point_masks(plan, group)
         state = {"momentum_buffer": 0} if rule == "sgd" else {"exp_avg": 0, "exp_avg_sq": 0}
         for i, name in enumerate(state):
             tensors = slots[name]
@@ -199,6 +206,59 @@ class Native:
             _at(inv_scale),
         )
         count_descent(group, slots, state, moving)
+
+    def accumulate_squares_(self, group: TensorGroup, scores: list[Tensor | None]) -> None:
+        plan = self._plan(group)
+        plan.point(_native.GRADS, "grads", group.grads, _DTYPES[group.dtype])
+        present = plan.point(_native.LISTS, "scores", scores, _DTYPES[torch.float32], torch.float32)
+        plan.accumulate()
+        count_write(scores, scores, present)
+
+    def count_ranks(
+        self,
+        group: TensorGroup,
+        ranks: Ranks,
+        masks: list[Tensor | None],
+        *,
+        prefix: int,
+        shift: int,
+        bits: int,
+    ) -> Tensor:
+        plan = self._plan(group)
+        counts = torch.zeros(1 << bits, dtype=torch.int64, device=group.device)
+        plan.point(_native.MASKS, "masks", masks, 0)
+        plan.count(_point_ranks(plan, group, ranks), prefix, shift, bits, counts.data_ptr())
+        _forget_masks(plan, group)
+        return counts
+
+    def mark_(
+        self,
+        group: TensorGroup,
+        ranks: Ranks,
+        masks: list[Tensor | None],
+        *,
+        threshold: int,
+        shift: int,
+        add: bool = False,
+        positions: list[int] | None = None,
+        candidates: Tensor | None = None,
+        found: Tensor | None = None,
+    ) -> None:
+        plan = self._plan(group)
+        present = plan.point(_native.MASKS, "masks", masks, 0)
+        capacity = 0 if candidates is None else candidates.numel()
+        plan.mark(
+            _point_ranks(plan, group, ranks),
+            threshold,
+            shift,
+            add,
+            positions or [],
+            _at(candidates),
+            capacity,
+            _at(found),
+        )
+        _forget_masks(plan, group)
+        count_write(masks, masks, present)
 
     def _plan(self, group: TensorGroup) -> Any:
         """The plan of the group's layout, made once; the group is rebuilt when its layout changes."""
@@ -291,6 +351,33 @@ def _point_snapshots(plan: Any, group: TensorGroup) -> int:
     present: int = plan.point(_native.SNAPSHOTS, "snapshots", group.snapshots, _DTYPES[group.dtype])
     group.cache["native snapshots"] = group.snapshots if standing else None
     return present
+
+
+def _point_masks(plan: Any, group: TensorGroup) -> None:
+    """Masks stand where they are between steps; their addresses are read when the list is another."""
+    if group.cache.get("native masks") is group.masks:
+        return
+    if group.masks is None:
+        plan.forget_masks()
+    else:
+        plan.point(_native.MASKS, "masks", group.masks, 0, torch.int64)
+    group.cache["native masks"] = group.masks
+
+
+def _forget_masks(plan: Any, group: TensorGroup) -> None:
+    """A selection has pointed the plan at masks of its own."""
+    plan.forget_masks()
+    group.cache["native masks"] = None
+
+
+def _point_ranks(plan: Any, group: TensorGroup, ranks: Ranks) -> tuple[Any, ...]:
+    """Point at the lists of the ranks; the rest as the module takes it."""
+    if ranks.scores is not None:
+        _point_foreign(plan, group, _native.LISTS, "scores", ranks.scores)
+    if ranks.within is not None:
+        plan.point(_native.WITHIN, "within", ranks.within, 0, torch.int64)
+    is_random = ranks.scores is None
+    return is_random, ranks.seed, ranks.step, ranks.numbers, ranks.within is not None, ranks.outside
 
 
 def _point_foreign(plan: Any, group: TensorGroup, slot: int, name: str, tensors: list[Tensor | None]) -> int:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bitmask import unpack
 from ..tensor_groups import ADAPTIVE, FIXED, Column, TensorGroup
+from . import torch_selection
 
 Row = list[float]  # one row of the table of scalars, indexed by Column
 
@@ -152,6 +154,17 @@ def take_root(total: Tensor, root: float) -> Tensor:
     return total.sqrt() if root == 2 else total ** (1.0 / root)
 
 
+def mask_of(group: TensorGroup, t: int) -> Tensor | None:
+    """The mask of tensor t as a bool tensor; None where it is dense."""
+    words = None if group.masks is None else group.masks[t]
+    return None if words is None else unpack(words, group.params[t])
+
+
+def chosen(u: Tensor, mask: Tensor | None) -> Tensor:
+    """The elements under the mask, 0 elsewhere."""
+    return u if mask is None else torch.where(mask, u, torch.zeros_like(u))
+
+
 class Reference:
     """See `sam_kernels.backends.Backend` for the contract of each method."""
 
@@ -172,6 +185,7 @@ class Reference:
         peak: Tensor | None = None,
         root: float = 1.0,
         per_tensor: bool = False,
+        masked: bool = False,
     ) -> Tensor:
         parts = torch.zeros(len(group.params), dtype=torch.float64, device=group.device)
         for t, (w, g, row) in enumerate(zip(group.params, group.grads, rows_of(group), strict=True)):
@@ -179,6 +193,8 @@ class Reference:
                 continue
             w, g = opmath(w), opmath(g)
             u = w if of == "weight" else weigh(g, w, row)
+            if masked:
+                u = chosen(u, mask_of(group, t))
             each = MOMENTS[moment](u.double(), q, peak)
             parts[t] = each.max() if moment == "peak" else each.sum()
         if per_tensor:
@@ -207,12 +223,19 @@ class Reference:
                 norm, row, shape, wide.dtype, 1.0 if tensor_scale is None else tensor_scale[t]
             )
             largest = None if peak is None else peak.to(wide.dtype)
-            w.copy_(perturb(wide, opmath(g), scale, row, shape, q, largest))
+            moved = perturb(wide, opmath(g), scale, row, shape, q, largest).to(w.dtype)
+            mask = mask_of(group, t)
+            # A choice, not a product: what is not selected keeps its bits, and 0 times inf is none.
+            w.copy_(moved if mask is None else torch.where(mask, moved, w))
 
     def restore_(self, group: TensorGroup) -> None:
         for w, snapshot in zip(group.params, group.snapshots, strict=True):
             if snapshot is not None:
                 w.copy_(snapshot)
+
+    accumulate_squares_ = staticmethod(torch_selection.accumulate_squares_)
+    count_ranks = staticmethod(torch_selection.count_ranks)
+    mark_ = staticmethod(torch_selection.mark_)
 
     def grad_stats(self, group: TensorGroup, lists: list[list[Tensor | None]]) -> Tensor:
         dots = []

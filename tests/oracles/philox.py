@@ -29,7 +29,7 @@ def random_word(seed: int, step: int, tensor: int, element: np.ndarray) -> np.nd
     """Return word `element % 4` of philox((element / 4: low, high; tensor; step), (seed: low, high))."""
     counters = np.array(
         [[(e // 4) & MASK, (e // 4) >> 32, tensor, step] for e in element.tolist()], dtype=np.uint64
-    )
+    ).reshape(-1, 4)
     words = philox(counters, (seed & MASK, (seed >> 32) & MASK))
     return words[np.arange(len(element)), element % 4].astype(np.uint32)
 

@@ -102,6 +102,10 @@ int samk_descend(const samk_plan* plan, const samk_descend_args* args) {
   return samk::guarded("descend_", [&] { return samk::passes().descend(*plan, *args); });
 }
 
+int samk_accumulate(const samk_plan*, const samk_accumulate_args*) { return samk::fail("not there yet"); }
+int samk_count(const samk_plan*, const samk_count_args*) { return samk::fail("not there yet"); }
+int samk_mark(const samk_plan*, const samk_mark_args*) { return samk::fail("not there yet"); }
+
 const char* samk_cpu_isa(void) { return samk::passes().isa; }
 
 int samk_set_cpu_isa(const char* name) {
