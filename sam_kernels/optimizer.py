@@ -19,17 +19,20 @@ from .construction import (
     own_keys,
     warn_if_names_are_missing,
 )
+from .mask_updates import MaskUpdates
+from .masks import Masks
 from .perturbation import Measure, Served
-from .policies import Adaptive, Euclidean
+from .policies import Adaptive, Euclidean, Sparse
 from .recipe import Recipe, check_adaptive, check_rho
 from .running_stats import frozen
+from .selection import Block
 from .tensor_groups import FIXED, collect, lives_on_device
 
 # A step is pending in every phase but the first; in _NOT_DUE and _RESTORED the weights are the user's own.
 _IDLE, _PERTURBED, _NOT_DUE, _RESTORED = "idle", "perturbed", "not due", "restored"
 
 
-class SAM(Optimizer):
+class SAM(MaskUpdates, Optimizer):
     """Sharpness-aware minimization around a base optimizer.
 
     A step is: gradient at ``w``; ``w + e`` with ``e = rho T^2 g / (||T g|| + eps)``; gradient there;
@@ -102,6 +105,9 @@ class SAM(Optimizer):
         self._graphs_hold: list[Any] = []
         self._layout: list[Any] = []
         self._measure: Measure | None = None
+        self._masks = Masks()
+        self._given: set[Tensor] = set()  # parameters whose masks the recipe was asked for
+        self._next_masks: list[Block] | None = None  # in force from the next step on
         self._had_gradients = False  # in the first pass of the pending step
         self._clearings = 0  # how often gradients were cleared since then
         self._own_rho: set[int] = set()
@@ -416,7 +422,9 @@ class SAM(Optimizer):
         self._write_tables(served)
         if served:
             try:
+                self._begin_masks(served)
                 self._measure = perturbation.measure(served, self.recipe)
+                self._evolve_masks(served)
                 self._prepare_gradients(served)
                 perturbation.perturb(served, self._measure)
             except BaseException:
@@ -445,6 +453,7 @@ class SAM(Optimizer):
         """Weights back, nothing pending, nothing remembered: the end of every step that failed."""
         self._phase = _IDLE
         self._measure = None
+        self._next_masks = None
         for group, _ in self._perturbed_groups():
             # Not the restore of the backend: that one may be what failed.
             group.copy_back()
@@ -520,6 +529,9 @@ class SAM(Optimizer):
             raise
         self._phase = _IDLE
         self._measure = None
+        if self._next_masks is not None:
+            self._masks.take(self._next_masks)
+            self._next_masks = None
         for group in self.param_groups:
             group["sam_step"] += 1
 
@@ -591,6 +603,8 @@ class SAM(Optimizer):
             )
         served = [(group, ops.resolve(group, self.backend)[0]) for group in groups]
         self._retire_groups()
+        if isinstance(self.recipe.mask, Sparse):
+            self._masks.attach(groups)
         self._served = served
         self._layout = layout
         return served
@@ -661,7 +675,7 @@ class SAM(Optimizer):
         self._require_idle("state_dict()")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        state_dict = self.base_optimizer.state_dict()
+        state_dict = self._with_masks(self.base_optimizer.state_dict())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
             state_dict = state_dict if result is None else result
@@ -688,7 +702,9 @@ class SAM(Optimizer):
             {key: group[key] for key in (self._rho_key, self._adaptive_key)} for group in self.param_groups
         ]
         own_rho = set(self._own_rho)
+        state_dict, words = self._without_masks(state_dict)
         self.base_optimizer.load_state_dict(state_dict)
+        self._masks.load(words)
         for index, (group, ours) in enumerate(zip(self.param_groups, kept, strict=True)):
             for key, value in ours.items():
                 group.setdefault(key, value)
@@ -701,7 +717,15 @@ class SAM(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._require_idle("copying or pickling")
         # As in torch.optim, hooks and what was assigned to methods stay behind: closures do not pickle.
-        transient = ("_served", "_graphs_hold", "_layout", "_measure", "step", "closure_kwargs")
+        transient = (
+            "_served",
+            "_graphs_hold",
+            "_next_masks",
+            "_layout",
+            "_measure",
+            "step",
+            "closure_kwargs",
+        )
         return {
             key: value
             for key, value in self.__dict__.items()
@@ -712,6 +736,7 @@ class SAM(Optimizer):
         super().__setstate__(state)  # gives empty places for hooks and names the step to the profiler
         self._served, self._layout, self._measure = None, [], None
         self._graphs_hold = []
+        self._next_masks = None
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1].rstrip()}\nRecipe: {self.recipe.name}\n)"

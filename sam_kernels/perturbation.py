@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .ops import Backend, take_root
-from .policies import LayerWise
+from .policies import LayerWise, Sparse
 from .recipe import Recipe
 from .tensor_groups import TensorGroup
 
@@ -38,19 +38,21 @@ def measure(served: Served, recipe: Recipe) -> Measure:
         recipe: its metric says which norm.
     """
     metric = recipe.metric
+    is_masked = isinstance(recipe.mask, Sparse) and recipe.mask.norm == "masked"
+    of: dict[str, Any] = {"masked": True} if is_masked else {}
     if isinstance(metric, LayerWise):
-        return _measure_layers(served, metric, recipe.eps)
+        return _measure_layers(served, metric, recipe.eps, of)
     if metric.p == 2:
-        return Measure(_norm(served, [{} for _ in served], root=2.0), [{} for _ in served])
+        return Measure(_norm(served, [of for _ in served], root=2.0), [{} for _ in served])
     if math.isinf(metric.p):
         # The sign needs no norm; the pass is made for its finite check, see promise 3 in the tests.
-        norm = _largest([backend.sq_norm(group, moment="peak") for group, backend in served])
+        norm = _largest([backend.sq_norm(group, moment="peak", **of) for group, backend in served])
         return Measure(norm, [{"shape": "sign"} for _ in served])
     q = metric.dual
-    peak = _largest([backend.sq_norm(group, moment="peak") for group, backend in served])
+    peak = _largest([backend.sq_norm(group, moment="peak", **of) for group, backend in served])
     peaks = [peak.to(group.device) for group, _ in served]
     # Dividing by the peak keeps the powers in range; eq. 2 of Foret et al. does not change under scaling.
-    powers = [{"moment": "power", "q": q, "peak": on_device} for on_device in peaks]
+    powers = [{"moment": "power", "q": q, "peak": on_device, **of} for on_device in peaks]
     norm = _norm(served, powers, root=metric.p)
     return Measure(norm, [{"shape": "powered", "q": q, "peak": on_device} for on_device in peaks])
 
@@ -87,8 +89,8 @@ def forget(group: TensorGroup) -> None:
     group.drop_snapshots()
 
 
-def _measure_layers(served: Served, metric: LayerWise, eps: float) -> Measure:
-    grad_sqs = [backend.sq_norm(group, per_tensor=True) for group, backend in served]
+def _measure_layers(served: Served, metric: LayerWise, eps: float, of: dict[str, Any]) -> Measure:
+    grad_sqs = [backend.sq_norm(group, per_tensor=True, **of) for group, backend in served]
     weight_sqs = [backend.sq_norm(group, of="weight", per_tensor=True) for group, backend in served]
     parts = [
         (metric.norm_weights(weight_sq, group.applies()) * grad_sq).sum()

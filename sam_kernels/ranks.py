@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 RANK_BITS = 31
@@ -35,3 +36,9 @@ class Ranks:
     seed: int = 0
     step: int = 0
     numbers: list[int] = field(default_factory=list)
+
+
+def rank_scores(scores: Tensor) -> Tensor:
+    """The ranks of scores: the bits of their sizes as float32."""
+    bits = scores.float().abs().view(torch.int32)
+    return torch.where(bits > INFINITE, NAN, bits)

@@ -11,22 +11,33 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
-from .policies import Adaptive, ByModule, Euclidean, Every, LayerWise
+from .policies import Adaptive, ByModule, Dynamic, Euclidean, Every, LayerWise, TopScores
 from .recipe import Recipe, Schedule
 
 _CATALOGUE: dict[str, Callable[..., Recipe]] = {}
 
 
 def _recipe(function: Callable[..., Recipe]) -> Callable[..., Recipe]:
-    """Put a recipe into the catalogue; give it its name and the keyword ``every=k`` they all take."""
+    """Put a recipe into the catalogue; give it its name and the keyword ``every=k`` they all take.
+
+    Recipes that have an `every` of their own, the period of their masks, keep that.
+    """
     name = function.__name__
+    signature = inspect.signature(function)
+    if "every" in signature.parameters:
+
+        @functools.wraps(function)
+        def own(*args: Any, **kwargs: Any) -> Recipe:
+            return replace(function(*args, **kwargs), name=name)
+
+        _CATALOGUE[name] = own
+        return own
 
     @functools.wraps(function)
     def named(*args: Any, every: int | None = None, **kwargs: Any) -> Recipe:
         recipe = replace(function(*args, **kwargs), name=name)
         return recipe if every is None else replace(recipe, cadence=Every(every))
 
-    signature = inspect.signature(function)
     keyword = inspect.Parameter(
         "every", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="int | None"
     )
@@ -207,4 +218,126 @@ def nosam(
     return Recipe(metric=metric, mask=mask, rho=rho, eps=1e-16)
 
 
-__all__ = ["asam", "get", "layerwise_sam", "names", "nosam", "sam"]
+@_recipe
+def ssam_f(
+    rho: float | Schedule = 0.05,
+    sparsity: float = 0.5,
+    every: int = 1000,
+    *,
+    pattern: Literal["unstructured", "nm", "structured"] = "unstructured",
+    n: int = 2,
+    m: int = 4,
+    scope: Literal["global", "tensor"] = "global",
+    norm: Literal["full", "masked"] = "full",
+    exact: bool = False,
+    official_quirks: bool = False,
+) -> Recipe:
+    """SSAM-F, sparse SAM by Fisher information: only the weights with the largest ``F`` are perturbed.
+
+    ``e = mask * rho g / ||g||`` with the norm of the whole gradient, so that ``||e|| <= rho``, and ``mask``
+    the ``(1 - sparsity) N`` largest of ``F = sum_i (d loss_i / d w)^2`` over all tensors. The optimizer owns no
+    data: call ``opt.update_masks(loader, loss_fn)`` when ``opt.masks_are_due``. Before the first update every
+    weight is perturbed.
+
+    Args:
+        rho: radius (default 0.05).
+        sparsity: share of the weights that is not perturbed (default 0.5, of the authors' recipes; their
+            command line says 0.2).
+        every: steps between two updates (the authors: 1 to 5 epochs). To perturb on every k-th step only,
+            replace the recipe's cadence.
+        pattern: single weights, `n` of every `m` neighbours along the input dimension ("nm"), or whole output
+            channels ("structured").
+        n, m: of the pattern "nm" (default 2:4).
+        scope: "global", or "tensor" to select the same share of every tensor.
+        norm: "full" as published, or "masked" for the norm of the perturbed weights alone.
+        exact: of equal scores at the threshold keep those that come first, in place of all.
+        official_quirks: keep ``int(N (1 - sparsity))`` weights, which truncates; ours rounds.
+
+    Raises:
+        ValueError: if rho is negative, sparsity not in [0, 1), or a pattern unknown.
+
+    Example:
+        >>> ssam_f(rho=0.1, sparsity=0.9).mask.live(1000)
+        100
+
+    Source: Mi et al., "Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach",
+    NeurIPS 2022, arXiv 2210.05177; patterns from arXiv 2306.17504; eps 1e-7 as in
+    Mi-Peng/Sparse-Sharpness-Aware-Minimization. There the first step, with an empty mask, is one of the base
+    optimizer, and the Fisher sum begins with gradients left over from the step; ours does neither. Their n:m
+    mask of convolutions is scrambled by a transposition; "structured" ranks whole tensors there.
+    """
+    mask = TopScores(
+        sparsity,
+        every,
+        pattern=pattern,
+        n=n,
+        m=m,
+        scope=scope,
+        norm=norm,
+        exact=exact,
+        official_quirks=official_quirks,
+    )
+    return Recipe(mask=mask, rho=rho, eps=1e-7)
+
+
+@_recipe
+def ssam_d(
+    rho: float | Schedule = 0.05,
+    sparsity: float = 0.5,
+    drop_rate: float = 0.5,
+    every: int = 1000,
+    *,
+    growth: Literal["random", "gradient", "weight"] = "random",
+    drop: Literal["gradient", "weight", "random"] = "gradient",
+    t_end: int | None = None,
+    norm: Literal["full", "masked"] = "full",
+    seed: int = 0,
+    official_quirks: bool = False,
+) -> Recipe:
+    """SSAM-D, sparse SAM with a dynamic mask: drops the flattest of its weights and grows as many others.
+
+    ``e = mask * rho g / ||g||`` with the norm of the whole gradient. The mask begins at random. Every so many
+    steps the share ``drop_rate / 2 (1 + cos(pi step / t_end))`` of it with the smallest ``|g|`` is dropped
+    and as many other weights are taken in; the new mask is in force from the next step on, as published.
+
+    Args:
+        rho: radius (default 0.05).
+        sparsity: share of the weights that is not perturbed (default 0.5; the authors' command line: 0.2).
+        drop_rate: share of the mask that is dropped in the first update (default 0.5).
+        every: steps between two updates (the authors: 5 epochs). To perturb on every k-th step only, replace
+            the recipe's cadence.
+        growth: which are taken in: "random" (default), or those of the largest "gradient" or "weight".
+        drop: which stay: those of the largest "gradient" (default) or "weight", or a "random" choice.
+        t_end: step from which on nothing is dropped (the authors: the end of training); None for a constant
+            drop_rate.
+        norm: "full" as published, or "masked" for the norm of the perturbed weights alone.
+        seed: of the random choices, which depend on seed, step, parameter and element alone.
+        official_quirks: count as the authors' code does, whose mask loses a weight to truncation, and many
+            where ``sparsity < drop_rate (1 - sparsity)``; ours keeps its size.
+
+    Raises:
+        ValueError: if rho is negative, sparsity not in [0, 1), drop_rate not in [0, 1], or a word unknown.
+
+    Example:
+        >>> ssam_d(sparsity=0.8, drop_rate=0.3, t_end=10_000).mask.drop_rate_at(5000)
+        0.15
+
+    Source: Mi et al., NeurIPS 2022, arXiv 2210.05177; eps 1e-7 as in
+    Mi-Peng/Sparse-Sharpness-Aware-Minimization. There the criterion "weight" sees perturbed weights; ours
+    sees the weights themselves.
+    """
+    mask = Dynamic(
+        sparsity,
+        every,
+        drop_rate=drop_rate,
+        drop=drop,
+        growth=growth,
+        t_end=t_end,
+        norm=norm,
+        seed=seed,
+        official_quirks=official_quirks,
+    )
+    return Recipe(mask=mask, rho=rho, eps=1e-7)
+
+
+__all__ = ["asam", "get", "layerwise_sam", "names", "nosam", "sam", "ssam_d", "ssam_f"]

@@ -106,8 +106,8 @@ class TensorGroup:
         self._layout = list(map(_layout_of, params))
         self._sizes = list(map(Tensor.numel, params))
         self._all_contiguous = all(p.is_contiguous() for p in params)
-        self._participates = [keys[r][1] != FIXED for r in row]
-        self._all_participate = all(self._participates)
+        self.participates = [keys[r][1] != FIXED for r in row]
+        self._all_participate = all(self.participates)
 
     def __repr__(self) -> str:
         count = len(self.params)
@@ -229,7 +229,7 @@ class TensorGroup:
             return
         chosen = [
             takes_part and grad is not None
-            for takes_part, grad in zip(self._participates, self.grads, strict=True)
+            for takes_part, grad in zip(self.participates, self.grads, strict=True)
         ]
         missing = [t for t, take in enumerate(chosen) if take and self._buffers[t] is None]
         if missing:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..bitmask import WORD, flatten, pack
-from ..ranks import INFINITE, NAN, Ranks
+from ..ranks import Ranks, rank_scores
 from ..tensor_groups import TensorGroup
 
 Tensors = list[Tensor | None]
@@ -37,12 +37,6 @@ def random_word(seed: int, step: int, tensor: int, element: Tensor) -> Tensor:
     four = element >> 2
     words = torch.stack(philox(four & _LOW, four >> 32, tensor, step, seed & _LOW, seed >> 32 & _LOW))
     return words.gather(0, (element & 3).unsqueeze(0)).squeeze(0)
-
-
-def rank_scores(scores: Tensor) -> Tensor:
-    """The ranks of scores: the bits of their sizes as float32."""
-    bits = scores.float().abs().view(torch.int32)
-    return torch.where(bits > INFINITE, NAN, bits)
 
 
 def accumulate_squares_(group: TensorGroup, scores: Tensors) -> None:

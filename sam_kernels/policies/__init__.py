@@ -7,7 +7,7 @@ probe      gradients where   combine gradients into one   cadence  on which step
 from .cadence import Cadence, Every, EveryStep
 from .combine import Combine, Last
 from .direction import Direction, Gradient
-from .mask import ByModule, ByName, Dense, Mask
+from .mask import ByModule, ByName, Dense, Dynamic, Given, Mask, Ranked, Sparse, TopScores
 from .member import Member
 from .metric import Adaptive, Euclidean, LayerWise, Metric
 from .probe import OneStep, Probe
@@ -20,9 +20,11 @@ __all__ = [
     "Combine",
     "Dense",
     "Direction",
+    "Dynamic",
     "Euclidean",
     "Every",
     "EveryStep",
+    "Given",
     "Gradient",
     "Last",
     "LayerWise",
@@ -31,4 +33,7 @@ __all__ = [
     "Metric",
     "OneStep",
     "Probe",
+    "Ranked",
+    "Sparse",
+    "TopScores",
 ]

@@ -1,0 +1,269 @@
+"""The masks of an optimizer: the bits of every parameter, what is known of them, how they are selected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bitmask import count_bits, count_words, pack, unpack
+from .perturbation import Served
+from .policies import Dynamic, TopScores
+from .ranks import Ranks
+from .selection import (
+    Block,
+    Part,
+    has_groups,
+    select,
+    select_by_tensor,
+    select_channels,
+    select_groups,
+)
+from .tensor_groups import TensorGroup
+
+# Steps of the random numbers: two for every step of the optimizer, and one that no step reaches.
+_STEPS = (1 << 32) - 1
+
+
+class Masks:
+    """Which weights are perturbed: one bit each, in blocks beside the tensor groups.
+
+    Made by `SAM`, which hands it out as ``opt.masks``. Parameters without a mask are dense: all their weights
+    are perturbed. Parameters that the recipe leaves out as a whole have no mask and count as unperturbed.
+
+    Example:
+        >>> import torch
+        >>> from sam_kernels import SAM
+        >>> w = torch.nn.Parameter(torch.ones(4))
+        >>> opt = SAM([w], torch.optim.SGD, recipe="ssam_f", lr=0.1)
+        >>> opt.update_masks(scores=[torch.tensor([0.1, 0.4, 0.3, 0.2])])
+        >>> opt.masks[w], opt.masks.density()
+        (tensor([False,  True,  True, False]), tensor(0.5000, dtype=torch.float64))
+    """
+
+    def __init__(self) -> None:
+        self._words: dict[Tensor, Tensor] = {}
+        self._places: list[tuple[TensorGroup, Block]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The blocks are made anew with the tensor groups, which no copy takes along.
+        return {"_words": self._words, "_places": []}
+
+    # ---- reading -------------------------------------------------------------------------------
+
+    def __getitem__(self, param: Tensor) -> Tensor:
+        """The mask of a parameter as a bool tensor of its shape; all True where it is dense."""
+        words = self._words.get(param)
+        if words is not None:
+            return unpack(words, param)
+        return torch.full_like(param, self._takes_part(param), dtype=torch.bool, requires_grad=False)
+
+    def words(self, param: Tensor) -> Tensor | None:
+        """The packed mask, int64 [ceil(numel / 64)], see `sam_kernels.bitmask`; None where it is dense."""
+        return self._words.get(param)
+
+    def counts(self) -> Tensor:
+        """int64 [tensors]: how many weights of each are perturbed, in the order of the tensor groups."""
+        found = []
+        for group, block in self._places:
+            starts = torch.tensor(block.starts, device=group.device)
+            sums = torch.zeros(len(block.words) + 1, dtype=torch.int64, device=group.device)
+            torch.cumsum(count_bits(block.words), 0, out=sums[1:])
+            counts = sums[starts[1:]] - sums[starts[:-1]]
+            whole = [p.numel() * takes for p, takes in zip(group.params, group.participates, strict=True)]
+            dense = torch.tensor([p not in self._words for p in group.params], device=group.device)
+            counts = torch.where(dense, torch.tensor(whole, device=group.device), counts)
+            found.append(counts.to(self._places[0][0].device))
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+
+    def densities(self) -> Tensor:
+        """float64 [tensors]: the share of each that is perturbed; NaN for tensors without elements."""
+        counts = self.counts()
+        return counts.double() / torch.tensor(self._sizes(), device=counts.device, dtype=torch.float64)
+
+    def count(self) -> Tensor:
+        """int64: how many weights are perturbed."""
+        return self.counts().sum()
+
+    def density(self) -> Tensor:
+        """float64: the share of all weights that is perturbed."""
+        return self.count().double() / max(sum(self._sizes()), 1)
+
+    def nbytes(self) -> int:
+        """Memory of the masks in bytes."""
+        return sum(words.numel() * 8 for words in self._words.values())
+
+    def _sizes(self) -> list[int]:
+        return [p.numel() for group, _ in self._places for p in group.params]
+
+    def _takes_part(self, param: Tensor) -> bool:
+        return all(
+            takes
+            for group, _ in self._places
+            for p, takes in zip(group.params, group.participates, strict=True)
+            if p is param
+        )
+
+    # ---- their place beside the tensor groups --------------------------------------------------
+
+    def attach(self, groups: Sequence[TensorGroup]) -> None:
+        """Move the words into blocks beside these groups, on their devices, and tell the groups.
+
+        Raises:
+            ValueError: if a parameter has changed its size since its mask was made.
+        """
+        self._places = []
+        kept = {}
+        for group in groups:
+            block = Block([p.numel() for p in group.params], group.device)
+            for param, view in zip(group.params, block.views, strict=True):
+                words = self._words.get(param)
+                if words is None:
+                    continue
+                if words.shape != view.shape:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(param.shape)} has a mask for another number of "
+                        "elements; update the masks after parameters change their size"
+                    )
+                kept[param] = view.copy_(words)
+            self._places.append((group, block))
+        self._words = kept
+        self._tell()
+
+    def load(self, words: dict[Tensor, Tensor]) -> None:
+        """Take masks from a checkpoint in place of those there are; `attach` comes next.
+
+        Raises:
+            ValueError: if one does not fit its parameter.
+        """
+        for param, mask in words.items():
+            expected = (count_words(param.numel()),)
+            if not isinstance(mask, Tensor) or mask.dtype != torch.int64 or tuple(mask.shape) != expected:
+                found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+                raise ValueError(
+                    f"the mask of a parameter of shape {tuple(param.shape)} is {found}; expected torch.int64 "
+                    f"{expected}. The state that was loaded belongs to another model"
+                )
+        self._words = dict(words)
+
+    def _tell(self) -> None:
+        for group, block in self._places:
+            masks = [
+                view if param in self._words else None
+                for param, view in zip(group.params, block.views, strict=True)
+            ]
+            group.masks = None if all(words is None for words in masks) else masks
+
+    def _adopt(self, params: Iterable[Tensor]) -> None:
+        """The blocks now hold masks of these parameters."""
+        chosen = set(params)
+        for group, block in self._places:
+            pairs = zip(group.params, block.views, strict=True)
+            self._words |= {param: view for param, view in pairs if param in chosen}
+        self._tell()
+
+    # ---- updates -------------------------------------------------------------------------------
+
+    def give(self, masks: dict[Tensor, Tensor | None]) -> None:
+        """Bool tensors by parameter; None makes one dense."""
+        packed = {param: pack(mask) for param, mask in masks.items() if mask is not None}
+        for group, block in self._places:
+            for param, view in zip(group.params, block.views, strict=True):
+                if param in packed:
+                    view.copy_(packed[param])
+        for param in masks.keys() - packed.keys():
+            self._words.pop(param, None)
+        self._adopt(packed)
+
+    def select(self, served: Served, policy: TopScores, scores: dict[Tensor, Tensor]) -> None:
+        """Masks of the highest scores; parameters without scores keep the masks they have."""
+        dense = {p for p in scores if policy.pattern == "nm" and not has_groups(p.shape, policy.m)}
+        compete = [
+            [takes and p in scores and p not in dense for p, takes in _participants(group)]
+            for group, _ in self._places
+        ]
+        chosen = [
+            param
+            for (group, _), flags in zip(self._places, compete, strict=True)
+            for param, flag in zip(group.params, flags, strict=True)
+            if flag
+        ]
+        if policy.pattern == "nm":
+            self._write({p: select_groups(scores[p], policy.n, policy.m) for p in chosen})
+        elif policy.pattern == "structured":
+            filled = [p for p in chosen if p.numel()]
+            keep = policy.live(sum(p.numel() for p in filled))
+            self._write(dict(zip(filled, select_channels([scores[p] for p in filled], keep), strict=True)))
+        elif policy.scope == "tensor":
+            self._write(
+                {p: select_by_tensor(scores[p], policy.live(p.numel()), exact=policy.exact) for p in chosen}
+            )
+        else:
+            parts = [
+                Part(group, backend, Ranks([scores.get(p) for p in group.params]), block, flags)
+                for (group, block), (_, backend), flags in zip(self._places, served, compete, strict=True)
+                if any(flags)
+            ]
+            select(parts, policy.live(sum(p.numel() for p in chosen)), exact=policy.exact)
+        for param in dense:
+            self._words.pop(param, None)
+        self._adopt(chosen)
+
+    def _write(self, words: dict[Tensor, Tensor]) -> None:
+        for group, block in self._places:
+            for param, view in zip(group.params, block.views, strict=True):
+                if param in words:
+                    view.copy_(words[param])
+
+    def begin(self, served: Served, policy: Dynamic, numbers: dict[Tensor, int]) -> None:
+        """Masks of weights chosen at random, where there are none yet."""
+        new = [
+            [takes and p not in self._words for p, takes in _participants(group)] for group, _ in self._places
+        ]
+        parts = [
+            Part(group, backend, _random(policy, _STEPS, group, numbers), block, flags)
+            for (group, block), (_, backend), flags in zip(self._places, served, new, strict=True)
+            if any(flags)
+        ]
+        if not parts:
+            return
+        chosen = [
+            p for part in parts for p, flag in zip(part.group.params, part.takes_part, strict=True) if flag
+        ]
+        select(parts, policy.first(sum(p.numel() for p in chosen)), exact=policy.exact)
+        self._adopt(chosen)
+
+    def evolve(self, served: Served, policy: Dynamic, numbers: dict[Tensor, int], step: int) -> list[Block]:
+        """The masks after dropping and growing, by the gradients that the groups hold; not yet in force."""
+        blocks = [Block([p.numel() for p in group.params], group.device) for group, _ in self._places]
+
+        def parts(criterion: str, outside: bool) -> list[Part]:
+            made = []
+            for (group, _), (_, backend), block in zip(self._places, served, blocks, strict=True):
+                if criterion == "random":
+                    ranks = _random(policy, (2 * step + outside) % _STEPS, group, numbers)
+                else:
+                    ranks = Ranks(list(group.grads if criterion == "gradient" else group.params))
+                ranks.within, ranks.outside = group.masks, outside
+                made.append(Part(group, backend, ranks, block, list(group.participates)))
+            return made
+
+        count = sum(p.numel() for group, _ in self._places for p, takes in _participants(group) if takes)
+        select(parts(policy.drop, outside=False), policy.kept(count, step), exact=policy.exact)
+        select(parts(policy.growth, outside=True), policy.grown(count, step), exact=policy.exact, add=True)
+        return blocks
+
+    def take(self, blocks: list[Block]) -> None:
+        """Put what `evolve` has made in force; the words keep their addresses."""
+        for (_, block), new in zip(self._places, blocks, strict=True):
+            block.words.copy_(new.words)
+
+
+def _participants(group: TensorGroup) -> Iterable[tuple[Tensor, bool]]:
+    return zip(group.params, group.participates, strict=True)
+
+
+def _random(policy: Dynamic, step: int, group: TensorGroup, numbers: dict[Tensor, int]) -> Ranks:
+    return Ranks(seed=policy.seed, step=step, numbers=[numbers[p] for p in group.params])
