@@ -193,7 +193,7 @@ def _timed(results: Results, unit: str) -> list[str]:
 
 
 def _updates_panel(axis, results: Results, unit: str) -> None:  # type: ignore[no-untyped-def]
-    """Milliseconds of a new selection, group by group of one sparsity, on a logarithmic scale."""
+    """Milliseconds of a new selection, grouped by sparsity."""
     peers = _timed(results, unit)
     names, places, place = [], [], 0.0
     for sparsity in sparse.SPARSITIES:
@@ -204,9 +204,9 @@ def _updates_panel(axis, results: Results, unit: str) -> None:  # type: ignore[n
             place += 1
         place += 0.5
     axis.set_yticks(places, names, fontsize=9)
-    axis.set_xscale("log")
     axis.margins(x=0.16)
-    axis.set_title(f"masks anew: {sparse.UPDATES[unit.split('/')[-1]]}; milliseconds", fontsize=9.5)
+    axis.set_xlim(left=0)
+    axis.set_title(f"masks anew: {sparse.UPDATES[unit.split('/')[-1]]}", fontsize=9.5)
 
 
 def _masked_panel(axis, results: Results, unit: str) -> None:  # type: ignore[no-untyped-def]
