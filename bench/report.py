@@ -324,9 +324,13 @@ def goals_table(results: Results) -> Table:
             "" if met is None else "yes" if met else "NO",
             outcome.against,
         )
-    noise = max((row.get("neighbours") or 0.0 for row in results.rows), default=0.0)
-    if noise > QUIET:
-        table.caption = f"Neighbours used up to {noise:.2f} cores while this was measured: {NOISE}."
+    heard = {row["unit"]: row.get("neighbours") or 0.0 for row in results.rows}
+    noisy = [unit for unit, cores in heard.items() if cores > QUIET]
+    if noisy:
+        where = "this" if len(noisy) == len(heard) else ", ".join(noisy)
+        table.caption = (
+            f"Neighbours used up to {max(heard.values()):.2f} cores while {where} was measured: {NOISE}."
+        )
         table.caption_justify, table.caption_style = "left", "yellow"
     return table
 
