@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 pytest.importorskip("rich", reason="the benchmark prints with rich")
 
-from bench import compare, machine, oracle, passes, plot, run, steps, training  # noqa: E402
+from bench import compare, machine, oracle, passes, plot, published, run, sparse, steps, training  # noqa: E402
 from bench.cases import BASES, CASES, COUNTS, Workspace  # noqa: E402
 from bench.peers import SPECS, Eager  # noqa: E402
 from bench.records import Results, measured  # noqa: E402
@@ -52,11 +52,13 @@ def test_bench_runs_and_writes_rows_a_table_and_a_picture(tmp_path, monkeypatch,
         for row in rows
     )
     timed = {row["peer"] for row in rows if row["metric"] == "total_ms"}
+    assert {"ours_foreach 0.9", "published 0.9", "ours_foreach random 0.9", "published any mask"} <= timed
     assert {"eager_default", "eager_fused", "foreach", "ours_foreach", "base_alone"} <= timed
     assert not [row for row in rows if row["metric"] == "wrong"]
     assert "Goals" in printed and "Goals" in (tmp_path / "quick.txt").read_text()
     results = Results(tmp_path / "quick.jsonl")
     if "ours_native" in timed:
+        assert (tmp_path / "quick_sparse.png").stat().st_size > 0
         assert (tmp_path / "quick.png").stat().st_size > 0
     else:
         assert not plot.draw(results, tmp_path / "none.png")
@@ -91,6 +93,31 @@ def _gate(key: str) -> str:
     rows = steps.measure(unit, Effort(1, 1, 1, 0.0), lambda text: None, lambda done, of: None)
     assert key not in {row["peer"] for row in rows if row["metric"] == "total_ms"}
     return next(row["value"] for row in rows if row["peer"] == key and row["metric"] == "wrong")
+
+
+@pytest.mark.parametrize("kind", sparse.UPDATES)
+def test_sparse_gate_refuses_masks_of_other_weights(monkeypatch, kind):
+    monkeypatch.setattr(
+        published, "_highest", lambda ranking, count: (torch.arange(len(ranking)) < count).float()
+    )
+    rows = _sparse(sparse.Update(kind, (0.5,), cap=3))
+    assert f"{sparse.PUBLISHED} 0.5" in {row["peer"] for row in rows if row["metric"] == "wrong"}
+
+
+def test_sparse_gate_refuses_steps_that_ignore_the_mask(monkeypatch):
+    monkeypatch.setattr(
+        published.SparseSam,
+        "masks",
+        property(lambda self: [1.0 for _ in self.params], lambda self, _: None),
+        raising=False,
+    )
+    rows = _sparse(sparse.Step("sgd", cap=3))
+    wrong = [row["value"] for row in rows if row["metric"] == "wrong"]
+    assert wrong == 2 * ["weights outside the mask were perturbed"]
+
+
+def _sparse(unit: sparse.Update | sparse.Step) -> list:
+    return sparse.measure(unit, Effort(1, 1, 1, 0.0), lambda text: None, lambda done, of: None)
 
 
 @pytest.mark.parametrize("name", BASES)
