@@ -319,7 +319,8 @@ def _backward(
             f"update_masks(): loss_fn returned {tuple(loss.shape) if isinstance(loss, Tensor) else loss!r}; "
             "expected one loss, or a vector with the loss of every sample"
         )
-    losses = loss.unbind() if loss.dim() else (loss,)
+    with torch.enable_grad():  # outside, the pieces of a vector would have no way back
+        losses = loss.unbind() if loss.dim() else (loss,)
     if samples is not None:
         losses = losses[: samples - taken]
     for i, one in enumerate(losses):
