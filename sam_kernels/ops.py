@@ -42,7 +42,8 @@ def sq_norm(
         grads: gradients of one device and dtype.
         params: the weights, needed only if adaptive.
         adaptive, eta: the metric.
-        masks: words of `sam_kernels.bitmask.pack`, None where a tensor is dense; only selected elements count.
+        masks: words of `sam_kernels.bitmask.pack`, None where a tensor is dense; only selected elements
+            count.
         backend: "auto" or a backend's name.
 
     Returns:
@@ -61,7 +62,7 @@ def sq_norm(
     group = _group("sq_norm", weights, {"grads": grads}, adaptive=adaptive, eta=eta)
     group.grads = list(grads)
     group.masks = _masks("sq_norm", masks, group)
-    return resolve(group, backend)[0].sq_norm(group, **({} if masks is None else {"masked": True}))
+    return resolve(group, backend)[0].sq_norm(group, masked=masks is not None)
 
 
 def perturb_(
