@@ -1,6 +1,8 @@
 // Sixteen numbers at a time, on every instruction set. Sixteen everywhere means one reduction tree,
 // and so the same bits from AVX-512, AVX2 and plain C++.
 //
+// Bits of a mask arrive as an integer whose bit i belongs to lane i; what is above bit 15 is not looked at.
+//
 // Compiled once per instruction set: SAMK_ISA names the namespace, __AVX512F__ / __AVX2__ choose.
 #ifndef SAM_KERNELS_CORE_PACK_H_
 #define SAM_KERNELS_CORE_PACK_H_
@@ -112,6 +114,20 @@ SAMK_INLINE __m256i pack_f16(F32 x) {
   // One NaN everywhere: the instruction keeps payload bits that the portable conversion drops.
   return _mm256_mask_mov_epi16(r, nan, _mm256_or_si256(sign, _mm256_set1_epi16(0x7e00)));
 }
+SAMK_INLINE F32 select(uint32_t bits, F32 yes, F32 no) {
+  return F32(_mm512_mask_blend_ps(static_cast<__mmask16>(bits), no.v, yes.v));
+}
+SAMK_INLINE __m256i select16(uint32_t bits, __m256i yes, __m256i no) {
+  return _mm256_mask_mov_epi16(no, static_cast<__mmask16>(bits), yes);
+}
+SAMK_INLINE uint32_t bits_equal(const int32_t* p, int shift, int32_t x) {
+  const __m512i top = _mm512_srl_epi32(_mm512_loadu_si512(p), _mm_cvtsi32_si128(shift));
+  return _mm512_cmpeq_epi32_mask(top, _mm512_set1_epi32(x));
+}
+SAMK_INLINE uint32_t bits_above(const int32_t* p, int shift, int32_t x) {
+  const __m512i top = _mm512_srl_epi32(_mm512_loadu_si512(p), _mm_cvtsi32_si128(shift));
+  return _mm512_cmpgt_epi32_mask(top, _mm512_set1_epi32(x));
+}
 #elif defined(__AVX2__)
 struct F32 {
   using Scalar = float;
@@ -181,6 +197,38 @@ SAMK_INLINE __m128i round_f16(__m256 x) {
   return _mm_blendv_epi8(r, _mm_or_si128(sign, _mm_set1_epi16(0x7e00)), nan);
 }
 SAMK_INLINE __m256i pack_f16(F32 x) { return _mm256_set_m128i(round_f16(x.b), round_f16(x.a)); }
+SAMK_INLINE F32 select(uint32_t bits, F32 yes, F32 no) {
+  // Each lane's bit shifted to its sign, which is all that the blend looks at.
+  const __m256i all = _mm256_set1_epi32(static_cast<int>(bits));
+  const __m256i low = _mm256_sllv_epi32(all, _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24));
+  const __m256i high = _mm256_sllv_epi32(all, _mm256_setr_epi32(23, 22, 21, 20, 19, 18, 17, 16));
+  return {_mm256_blendv_ps(no.a, yes.a, _mm256_castsi256_ps(low)),
+          _mm256_blendv_ps(no.b, yes.b, _mm256_castsi256_ps(high))};
+}
+SAMK_INLINE __m256i select16(uint32_t bits, __m256i yes, __m256i no) {
+  const __m256i lane =
+      _mm256_setr_epi16(1, 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6, 1 << 7, 1 << 8, 1 << 9, 1 << 10,
+                        1 << 11, 1 << 12, 1 << 13, 1 << 14, static_cast<short>(1 << 15));
+  const __m256i own = _mm256_and_si256(_mm256_set1_epi16(static_cast<short>(bits)), lane);
+  return _mm256_blendv_epi8(no, yes, _mm256_cmpeq_epi16(own, lane));
+}
+SAMK_INLINE __m256i shifted8(const int32_t* p, int shift) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm256_srl_epi32(x, _mm_cvtsi32_si128(shift));
+}
+SAMK_INLINE uint32_t signs8(__m256i x) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(x)));
+}
+SAMK_INLINE uint32_t bits_equal(const int32_t* p, int shift, int32_t x) {
+  const __m256i all = _mm256_set1_epi32(x);
+  return signs8(_mm256_cmpeq_epi32(shifted8(p, shift), all)) |
+         signs8(_mm256_cmpeq_epi32(shifted8(p + 8, shift), all)) << 8;
+}
+SAMK_INLINE uint32_t bits_above(const int32_t* p, int shift, int32_t x) {
+  const __m256i all = _mm256_set1_epi32(x);
+  return signs8(_mm256_cmpgt_epi32(shifted8(p, shift), all)) |
+         signs8(_mm256_cmpgt_epi32(shifted8(p + 8, shift), all)) << 8;
+}
 #else
 using F32 = Lanes<float>;
 SAMK_INLINE F32 load(const float* p) {
@@ -204,6 +252,19 @@ SAMK_INLINE void store(f16* p, F32 x) {
   for (int i = 0; i < kLanes; ++i) p[i] = to_f16(x.v[i]);
 }
 SAMK_INLINE void stream(f16* p, F32 x) { store(p, x); }
+SAMK_INLINE F32 select(uint32_t bits, F32 yes, F32 no) {
+  return F32::each([&](int i) { return (bits >> i & 1) != 0 ? yes.v[i] : no.v[i]; });
+}
+SAMK_INLINE uint32_t bits_equal(const int32_t* p, int shift, int32_t x) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>((p[i] >> shift) == x) << i;
+  return bits;
+}
+SAMK_INLINE uint32_t bits_above(const int32_t* p, int shift, int32_t x) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>((p[i] >> shift) > x) << i;
+  return bits;
+}
 #endif
 
 #if defined(__AVX2__)
@@ -229,6 +290,50 @@ SAMK_INLINE void stream(double* p, F64 x) {
 #else
   store(p, x);
 #endif
+}
+
+SAMK_INLINE F64 select(uint32_t bits, F64 yes, F64 no) {
+#if defined(__AVX512F__)
+  F64 r;
+  for (int i = 0; i < kLanes; i += 8) {
+    const auto own = static_cast<__mmask8>(bits >> i);
+    _mm512_storeu_pd(r.v + i,
+                     _mm512_mask_blend_pd(own, _mm512_loadu_pd(no.v + i), _mm512_loadu_pd(yes.v + i)));
+  }
+  return r;
+#else
+  return F64::each([&](int i) { return (bits >> i & 1) != 0 ? yes.v[i] : no.v[i]; });
+#endif
+}
+
+// Writes the lanes whose bit is set. The others keep every bit: half types are chosen from as they are
+// stored, since a conversion there and back changes the payload of a NaN. All sixteen are written, and so
+// lines are written whole.
+template <class T, class V>
+SAMK_INLINE void store_where(T* p, uint32_t bits, V x) {
+  if constexpr (sizeof(T) >= 4) {
+    store(p, select(bits, x, load(static_cast<const T*>(p))));
+  } else {
+    alignas(64) T lanes[kLanes];
+    store(lanes, x);
+#if defined(__AVX2__)
+    __m256i* const q = reinterpret_cast<__m256i*>(p);
+    const __m256i yes = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes));
+    _mm256_storeu_si256(q, select16(bits, yes, _mm256_loadu_si256(q)));
+#else
+    for (int i = 0; i < kLanes; ++i) {
+      if ((bits >> i & 1) != 0) p[i] = lanes[i];
+    }
+#endif
+  }
+}
+
+// Rounded to fp32 where it is wider.
+SAMK_INLINE F32 to_f32(F32 x) { return x; }
+SAMK_INLINE F32 to_f32(F64 x) {
+  alignas(64) float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<float>(x.v[i]);
+  return load(static_cast<const float*>(lanes));
 }
 
 // Sixteen elements from one place to another with every bit kept, NaN payloads included.

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "core/mask.h"
 #include "core/pack.h"
 #include "core/runtime.h"
 
@@ -20,6 +21,10 @@ struct Whole {
   template <class T, class V>
   SAMK_INLINE void put(T* p, V x, bool streaming = false) const {
     streaming ? stream(p, x) : store(p, x);
+  }
+  template <class T, class V>
+  SAMK_INLINE void put_where(T* p, uint32_t bits, V x) const {
+    store_where(p, bits, x);
   }
   template <class T>
   SAMK_INLINE void copy(T* to, const T* from, bool streaming) const {
@@ -41,6 +46,13 @@ struct Tail {
   SAMK_INLINE void put(T* p, V x, bool = false) const {
     alignas(64) T lanes[kLanes];
     store(lanes, x);
+    std::memcpy(p, lanes, n * sizeof(T));
+  }
+  template <class T, class V>
+  SAMK_INLINE void put_where(T* p, uint32_t bits, V x) const {
+    alignas(64) T lanes[kLanes] = {};
+    std::memcpy(lanes, p, n * sizeof(T));
+    store_where(lanes, bits, x);
     std::memcpy(p, lanes, n * sizeof(T));
   }
   template <class T>
@@ -68,6 +80,46 @@ SAMK_INLINE void sweep_streaming(int64_t n, bool streaming, Body body) {
   }
 }
 
+// Where the run of words ends that begins at element i, and whether these words are 0.
+SAMK_INLINE int64_t run_end(const uint64_t* words, int64_t i, int64_t n, bool* is_zero) {
+  const int64_t count = word_count(n);
+  int64_t k = i / kWordBits;
+  *is_zero = words[k] == 0;
+  if (*is_zero) {
+    while (k + 4 <= count && (words[k] | words[k + 1] | words[k + 2] | words[k + 3]) == 0) k += 4;
+    while (k < count && words[k] == 0) ++k;
+  } else {
+    while (k < count && words[k] != 0) ++k;
+  }
+  return std::min(k * kWordBits, n);
+}
+
+// Calls body(begin, size, is_zero) for every run of words that are 0, or are not, in the n elements under a
+// mask. Without a mask all is one run that is not.
+template <class Body>
+SAMK_INLINE void for_each_run(const uint64_t* words, int64_t n, Body body) {
+  for (int64_t i = 0; i < n;) {
+    bool is_zero = false;
+    const int64_t end = words == nullptr ? n : run_end(words, i, n, &is_zero);
+    body(i, end - i, is_zero);
+    i = end;
+  }
+}
+
+// Bits from element i on, i a multiple of sixteen, for the pack that begins there.
+SAMK_INLINE uint32_t bits_at(const uint64_t* words, int64_t i) {
+  return static_cast<uint32_t>(words[i / kWordBits] >> (i % kWordBits)) & 0xffffu;
+}
+
+// to = from, except in words that are 0.
+template <class T>
+void copy_words(T* to, const T* from, const uint64_t* words, int64_t n, bool streaming) {
+  for_each_run(words, n, [&](int64_t begin, int64_t size, bool is_zero) {
+    if (is_zero) return;
+    sweep(size, [&](int64_t i, auto part) { part.copy(to + begin + i, from + begin + i, streaming); });
+  });
+}
+
 // Streaming stores need aligned addresses; 64 bytes also keeps each store within a cache line.
 template <class T>
 bool can_stream(const T* p) {
@@ -78,6 +130,11 @@ template <class T>
 T* element(const samk_list& list, int32_t tensor, int64_t begin) {
   if (list.data == nullptr || list.data[tensor] == nullptr) return nullptr;
   return static_cast<T*>(list.data[tensor]) + begin;
+}
+
+// The words of a chunk, which begins with a word; nullptr where the tensor is dense.
+inline const uint64_t* words_of(const samk_list& masks, const Chunk& chunk) {
+  return element<const uint64_t>(masks, chunk.tensor, chunk.begin / kWordBits);
 }
 
 inline bool has(const samk_list& list, int32_t tensor) {

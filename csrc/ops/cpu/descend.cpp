@@ -12,8 +12,21 @@ struct Site {
   T* w;
   const T* from;
   const T* g;
+  const uint64_t* words;  // nullptr where all has a snapshot, or nothing
   int64_t n;
   bool streaming;
+
+  // Calls body(i, old, part, stream), with the old weights at `old`. Where a word is 0 these were never
+  // moved; a write of what was just read does not stream.
+  template <class Body>
+  SAMK_INLINE void sweep(Body body) const {
+    for_each_run(words, n, [&](int64_t begin, int64_t size, bool is_zero) {
+      const T* const olds = is_zero ? w : from;
+      sweep_streaming(size, streaming && !is_zero, [&](int64_t offset, auto part, auto stream) {
+        body(begin + offset, olds + begin + offset, part, stream);
+      });
+    });
+  }
 };
 
 template <bool kDecay, class S, class V>
@@ -26,8 +39,8 @@ enum class Buffer { kNone, kOld, kFresh };
 
 template <Buffer kBuffer, bool kDecay, class T, class S>
 void sgd_chunk(const Site<T>& at, T* buffer, const Decayed<S>& decay, const Sgd<S>& rule) {
-  sweep_streaming(at.n, at.streaming, [&](int64_t i, auto part, auto stream) {
-    const auto w = part.get(at.from + i);
+  at.sweep([&](int64_t i, const T* old, auto part, auto stream) {
+    const auto w = part.get(old);
     const auto g = gradient<kDecay>(decay, part.get(at.g + i), w);
     if constexpr (kBuffer == Buffer::kNone) {
       part.put(at.w + i, rule.weight(w, g), stream);
@@ -42,8 +55,8 @@ void sgd_chunk(const Site<T>& at, T* buffer, const Decayed<S>& decay, const Sgd<
 
 template <bool kDecay, class T, class S>
 void adam_chunk(const Site<T>& at, T* first, T* second, const Decayed<S>& decay, const Adam<S>& rule) {
-  sweep_streaming(at.n, at.streaming, [&](int64_t i, auto part, auto stream) {
-    const auto w = part.get(at.from + i);
+  at.sweep([&](int64_t i, const T* old, auto part, auto stream) {
+    const auto w = part.get(old);
     const auto g = gradient<kDecay>(decay, part.get(at.g + i), w);
     const auto m = rule.first_moment(part.get(first + i), g);
     const auto v = rule.second_moment(part.get(second + i), g);
@@ -131,14 +144,14 @@ int descend(const samk_plan& plan, const samk_descend_args& a) {
       const T* s = element<T>(a.snapshots, chunk.tensor, chunk.begin);
       const T* g = element<T>(a.grads, chunk.tensor, chunk.begin);
       if (w == nullptr) return;
+      const uint64_t* words = s != nullptr ? words_of(a.masks, chunk) : nullptr;
       // Reading the weights puts them in the cache; only a write that was not read goes around it.
       const bool streaming = large && s != nullptr && can_stream(w);
       if (g == nullptr || !is_safe) {
-        if (s == nullptr) return;
-        sweep(chunk.size, [&](int64_t i, auto part) { part.copy(w + i, s + i, streaming); });
+        if (s != nullptr) copy_words(w, s, words, chunk.size, streaming);
         return;
       }
-      const Site<T> at{w, s != nullptr ? s : w, g, chunk.size, streaming};
+      const Site<T> at{w, s != nullptr ? s : w, g, words, chunk.size, streaming};
       if (adam == nullptr) {
         sgd_tensor(a, at, chunk, inv_scale);
       } else {

@@ -23,19 +23,59 @@ void perturb_chunk(T* w, const T* g, T* snapshot, int64_t n, bool streaming, con
   });
 }
 
+// The same under a mask, where words that are 0 are passed over.
+template <class T, class Math>
+void perturb_words(T* w, const T* g, T* snapshot, const uint64_t* words, int64_t n, bool streaming,
+                   const Math& math) {
+  for_each_run(words, n, [&](int64_t begin, int64_t size, bool is_zero) {
+    if (is_zero) return;
+    sweep_streaming(size, streaming, [&](int64_t offset, auto part, auto stream) {
+      const int64_t i = begin + offset;
+      const auto old = part.get(w + i);
+      const auto moved = math(old, part.get(g + i));
+      if constexpr (sizeof(T) >= 4) {
+        part.put(snapshot + i, old, stream);
+      } else {
+        part.copy(snapshot + i, w + i, stream);
+      }
+      part.put_where(w + i, bits_at(words, i), moved);
+    });
+  });
+}
+
+// What a chunk is perturbed with, whatever the metric and the shape.
+template <class T>
+struct Site {
+  T* w;
+  const T* g;
+  T* snapshot;
+  const uint64_t* words;  // nullptr where the tensor is dense
+  int64_t n;
+  bool streaming;
+
+  template <class Math>
+  void perturb(const Math& math) const {
+    if (words == nullptr) {
+      perturb_chunk(w, g, snapshot, n, streaming, math);
+    } else {
+      perturb_words(w, g, snapshot, words, n, streaming, math);
+    }
+  }
+};
+
 template <class T, class Metric>
-void perturb_shaped(const samk_perturb_args& a, T* w, const T* g, T* s, int64_t n, bool streaming,
-                    typename Opmath<T>::S c, const Metric& metric) {
+void perturb_shaped(const samk_perturb_args& a, const Site<T>& at, typename Opmath<T>::S c,
+                    const Metric& metric) {
   using S = typename Opmath<T>::S;
   switch (a.shape) {
     case SAMK_SIGN:
-      return perturb_chunk(w, g, s, n, streaming, Perturb<S, Metric, Sign>{c, metric, {}});
+      return at.perturb(Perturb<S, Metric, Sign>{c, metric, {}});
     case SAMK_POWERED: {
       const Powered<S> shape{static_cast<S>(*a.peak), static_cast<S>(a.q - 1)};
-      return perturb_chunk(w, g, s, n, streaming, Perturb<S, Metric, Powered<S>>{c, metric, shape});
+      return at.perturb(Perturb<S, Metric, Powered<S>>{c, metric, shape});
     }
     default:
-      return perturb_chunk(w, g, s, n, streaming, Perturb<S, Metric, Linear>{c, metric, {}});
+      return at.perturb(Perturb<S, Metric, Linear>{c, metric, {}});
   }
 }
 
@@ -59,17 +99,16 @@ int perturb(const samk_plan& plan, const samk_perturb_args& a) {
           const T* g = element<T>(a.grads, t, chunk.begin);
           T* s = element<T>(a.snapshots, t, chunk.begin);
           const bool streaming = large && can_stream(s);
-          if (!is_safe) {
-            sweep(chunk.size, [&](int64_t i, auto part) { part.copy(s + i, w + i, streaming); });
-            return;
-          }
+          const uint64_t* words = words_of(a.masks, chunk);
+          if (!is_safe) return copy_words(s, w, words, chunk.size, streaming);
+          const Site<T> at{w, g, s, words, chunk.size, streaming};
           const double own = a.tensor_scale == nullptr ? 1.0 : a.tensor_scale[t];
           const S scale = perturb_scale<S>(row, a.shape, *a.norm, own);
           if (row[SAMK_METRIC] == SAMK_ADAPTIVE) {
             const Adaptive<S> metric{static_cast<S>(row[SAMK_ETA])};
-            perturb_shaped(a, w, g, s, chunk.size, streaming, scale, metric);
+            perturb_shaped(a, at, scale, metric);
           } else {
-            perturb_shaped(a, w, g, s, chunk.size, streaming, scale, Euclidean{});
+            perturb_shaped(a, at, scale, Euclidean{});
           }
         },
         Order::kBackward);

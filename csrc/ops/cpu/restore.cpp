@@ -14,7 +14,7 @@ int restore(const samk_plan& plan, const samk_restore_args& a) {
       const T* s = element<T>(a.snapshots, chunk.tensor, chunk.begin);
       if (w == nullptr || s == nullptr) return;
       const bool streaming = large && can_stream(w);
-      sweep(chunk.size, [&](int64_t i, auto part) { part.copy(w + i, s + i, streaming); });
+      copy_words(w, s, words_of(a.masks, chunk), chunk.size, streaming);
     });
     return 0;
   });

@@ -40,15 +40,45 @@ double sum_chunk(const T* g, const T* w, int64_t n, const Metric& metric, const 
   return sum_lanes((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
+// The sum of the elements under a mask: a word at a time, a pack of it to each accumulator, in four streams
+// as above. A word that is 0 adds nothing.
+template <class T, class Metric, class Moment>
+double sum_words(const T* g, const T* w, const uint64_t* words, int64_t n, const Metric& metric,
+                 const Moment& moment) {
+  using V = typename Opmath<T>::V;
+  using S = typename Opmath<T>::S;
+  V acc[kAccumulators] = {V(S(0)), V(S(0)), V(S(0)), V(S(0))};
+  const auto add = [&](V* sum, int64_t i, auto part) {
+    const V d = part.get(g + i);
+    V u = d;
+    if constexpr (Metric::kReadsWeight) u = metric.weigh(d, part.get(w + i));
+    *sum = *sum + moment(select(bits_at(words, i), u, V(S(0))));
+  };
+  const auto add_word = [&](int64_t i) {
+    if (words[i / kWordBits] == 0) return;
+#pragma GCC unroll 4
+    for (int p = 0; p < kAccumulators; ++p) add(&acc[p], i + p * kLanes, Whole{});
+  };
+  const int64_t quarter = n / (kAccumulators * kWordBits) * kWordBits;
+  for (int64_t i = 0; i < quarter; i += kWordBits) {
+    for (int a = 0; a < kAccumulators; ++a) add_word(a * quarter + i);
+  }
+  int64_t i = kAccumulators * quarter;
+  for (; i + kWordBits <= n; i += kWordBits) add_word(i);
+  sweep(n - i, [&](int64_t offset, auto part) { add(&acc[0], i + offset, part); });
+  return sum_lanes((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
 // The squares once more in double, for a chunk whose sum left the range of fp32. Rare, so plain.
 template <class T, class Metric>
-double wide_squares(const T* g, const T* w, int64_t n, const Metric& metric) {
+double wide_squares(const T* g, const T* w, const uint64_t* words, int64_t n, const Metric& metric) {
   double total = 0;
   sweep(n, [&](int64_t i, auto part) {
     alignas(64) float gs[kLanes], ws[kLanes];
     store(gs, part.get(g + i));
     store(ws, part.get((Metric::kReadsWeight ? w : g) + i));
     for (int k = 0; k < part.lanes(); ++k) {
+      if (words != nullptr && !has_bit(words, i + k)) continue;
       const double u = metric.weigh(Lane<double>(gs[k]), Lane<double>(ws[k])).x;
       total += u * u;
     }
@@ -57,8 +87,8 @@ double wide_squares(const T* g, const T* w, int64_t n, const Metric& metric) {
 }
 
 // The largest |u|; not finite if any u is not.
-template <class T, class Metric>
-double peak_chunk(const T* g, const T* w, int64_t n, const Metric& metric) {
+template <bool kMasked, class T, class Metric>
+double peak_chunk(const T* g, const T* w, const uint64_t* words, int64_t n, const Metric& metric) {
   using V = typename Opmath<T>::V;
   using S = typename Opmath<T>::S;
   V peak(S(0)), poison(S(0));
@@ -66,6 +96,7 @@ double peak_chunk(const T* g, const T* w, int64_t n, const Metric& metric) {
     const V d = part.get(g + i);
     V u = d;
     if constexpr (Metric::kReadsWeight) u = metric.weigh(d, part.get(w + i));
+    if constexpr (kMasked) u = select(bits_at(words, i), u, V(S(0)));
     poison = poison + u * V(S(0));  // max drops a NaN, 0 * inf makes one
     peak = max(peak, abs(u));
   });
@@ -76,18 +107,39 @@ double peak_chunk(const T* g, const T* w, int64_t n, const Metric& metric) {
   return largest + sum_lanes(poison);
 }
 
+// One chunk as every moment sees it.
+template <class T>
+struct Site {
+  const T* g;
+  const T* w;
+  const uint64_t* words;  // nullptr where all elements count
+  int64_t n;
+
+  template <class Metric, class Moment>
+  double sum(const Metric& metric, const Moment& moment) const {
+    return words == nullptr ? sum_chunk(g, w, n, metric, moment) : sum_words(g, w, words, n, metric, moment);
+  }
+  template <class Metric>
+  double peak(const Metric& metric) const {
+    return words == nullptr ? peak_chunk<false>(g, w, words, n, metric)
+                            : peak_chunk<true>(g, w, words, n, metric);
+  }
+};
+
 template <class T, class Metric>
-double measure_chunk(const samk_sq_norm_args& a, const T* g, const T* w, int64_t n, const Metric& metric) {
+double measure_chunk(const samk_sq_norm_args& a, const Site<T>& at, const Metric& metric) {
   using S = typename Opmath<T>::S;
   switch (a.moment) {
     case SAMK_PEAK:
-      return peak_chunk(g, w, n, metric);
+      return at.peak(metric);
     case SAMK_POWER:
-      return sum_chunk(g, w, n, metric, Power<S>{static_cast<S>(*a.peak), static_cast<S>(a.q)});
+      return at.sum(metric, Power<S>{static_cast<S>(*a.peak), static_cast<S>(a.q)});
     default: {
-      const double sum = sum_chunk(g, w, n, metric, Square{});
+      const double sum = at.sum(metric, Square{});
       if constexpr (std::is_same<S, float>::value) {
-        if (!(sum <= kLargeSum) || (sum != 0 && sum < kSmallSum)) return wide_squares(g, w, n, metric);
+        if (!(sum <= kLargeSum) || (sum != 0 && sum < kSmallSum)) {
+          return wide_squares(at.g, at.w, at.words, at.n, metric);
+        }
       }
       return sum;
     }
@@ -107,12 +159,13 @@ int sq_norm(const samk_plan& plan, const samk_sq_norm_args& a) {
       const double* row = a.table + a.row[chunk.tensor] * SAMK_COLUMNS;
       const T* g = element<T>(a.grads, chunk.tensor, chunk.begin);
       const T* w = element<T>(a.params, chunk.tensor, chunk.begin);
+      const Site<T> at{g, w, words_of(a.masks, chunk), chunk.size};
       if (g == nullptr || row[SAMK_METRIC] == SAMK_FIXED) {
         partials[c] = 0;
       } else if (row[SAMK_METRIC] == SAMK_ADAPTIVE) {
-        partials[c] = measure_chunk(a, g, w, chunk.size, Adaptive<S>{static_cast<S>(row[SAMK_ETA])});
+        partials[c] = measure_chunk(a, at, Adaptive<S>{static_cast<S>(row[SAMK_ETA])});
       } else {
-        partials[c] = measure_chunk(a, g, w, chunk.size, Euclidean{});
+        partials[c] = measure_chunk(a, at, Euclidean{});
       }
     });
     return 0;
