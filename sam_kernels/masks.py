@@ -154,7 +154,7 @@ class Masks:
                 view if param in self._words else None
                 for param, view in zip(group.params, block.views, strict=True)
             ]
-            group.masks = None if all(words is None for words in masks) else masks
+            group.set_masks(masks)
 
     def _adopt(self, params: Iterable[Tensor]) -> None:
         """The blocks now hold masks of these parameters."""
@@ -259,6 +259,7 @@ class Masks:
         """Put what `evolve` has made in force; the words keep their addresses."""
         for (_, block), new in zip(self._places, blocks, strict=True):
             block.words.copy_(new.words)
+        self._tell()
 
 
 def _participants(group: TensorGroup) -> Iterable[tuple[Tensor, bool]]:

@@ -62,6 +62,8 @@ class Native:
         if group.dtype not in _DTYPES:
             known = ", ".join(str(dtype)[6:] for dtype in _DTYPES)
             return f"the native passes calculate in {known}, not in {str(group.dtype)[6:]}"
+        if group.compact:
+            return "the native passes keep whole snapshots; compact ones are served by foreach"
         if not group.dense:
             return "a parameter is a view with gaps or overlaps, and the native passes walk whole blocks"
         if group.device.type != "cpu":

@@ -121,15 +121,19 @@ class Sparse(Mask):
     Args:
         norm: "full" for the norm of the whole gradient, as published, so that ``||e|| <= rho``; "masked" for
             that of the selected weights, so that ``||e|| = rho``.
+        compact: keep snapshots of the selected weights alone, for the sake of memory.
 
     Raises:
-        ValueError: if norm is neither.
+        ValueError: if norm is neither, or compact no bool.
     """
 
     norm: Literal["full", "masked"] = field(default="full", kw_only=True)
+    compact: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         _check_choice(self, "norm", self.norm, ("full", "masked"))
+        if not isinstance(self.compact, bool):
+            raise ValueError(f"{type(self).__name__}: compact is {self.compact!r}; expected True or False")
 
     def is_due(self, step: int) -> bool:
         """Whether the mask is to be updated in step number `step`."""
