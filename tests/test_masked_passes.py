@@ -11,11 +11,17 @@ from oracles.philox import random_word
 from test_passes import (
     ALL,
     DTYPES,
+    EMULATED,
     F32,
+    FOREACH,
+    INTERPRETED,
     MIXED,
+    NATIVE,
     OTHERS,
+    REFERENCE,
     ROWS,
     SUM,
+    assert_close,
     copies,
     make_group,
     numbers,
@@ -214,6 +220,72 @@ def test_masked_norm_of_an_infinite_gradient_outside_the_mask_is_finite(side):
         g[~m] = math.inf
     assert math.isfinite(side.backend.sq_norm(group, masked=True))
     assert not math.isfinite(side.backend.sq_norm(group))
+
+
+# Backends that keep compact snapshots; the others refuse, and the automatic choice steps down.
+COMPACT = [REFERENCE, FOREACH, NATIVE]
+
+
+@pytest.mark.parametrize("side", COMPACT)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory", ["plain", "misaligned", "channels_last"])
+@pytest.mark.parametrize("rule", [None, "sgd", "adam"])
+def test_compact_snapshots_hold_the_selected_elements_alone(side, dtype, memory, rule):
+    shapes = [(3, 5), (5, 4, 3, 3), (130,), (0,), (9, 16, 3, 3)] if memory == "channels_last" else SIZES
+    rows = [{**row, **BASE} for row in ROWS[:2]]
+    group, twin = (
+        masked_group(dtype, shapes, rows=rows, memory=memory, device=side.device, missing=(1,))
+        for _ in range(2)
+    )
+    before, mask = copies(group.params), bools(group, group.masks)
+    group.compact = True
+    group.set_masks(group.masks)
+    group.take_snapshots()
+    twin.snapshots[1] = None
+    for t, (m, words, g) in enumerate(zip(mask, group.masks, group.grads, strict=True)):
+        size = m.numel() if words is None else int(m.sum())
+        assert g is None if group.snapshots[t] is None else group.snapshots[t].numel() == size
+        if group.snapshots[t] is not None:
+            group.snapshots[t].fill_(math.nan)
+    for one in (group, twin):
+        side.backend.perturb_(one, scalar(3.0, side.device))
+    assert_close(group.params, twin.params, dtype)
+    if rule is None:
+        side.backend.restore_(group)
+        assert same_bits(group.params, before)
+        return
+    slots = state_of(group, rule)
+    side.backend.descend_(group, rule, slots)
+    side.backend.descend_(twin, rule, state_of(twin, rule))
+    assert same_bits(group.params, twin.params)
+
+
+@pytest.mark.parametrize("side", COMPACT)
+@pytest.mark.parametrize("rule", [None, "sgd"])
+def test_compact_snapshots_restore_where_nothing_moved(side, rule):
+    group = masked_group(F32, rows=[{**row, **BASE} for row in ROWS[:2]], device=side.device)
+    before = copies(group.params)
+    group.compact = True
+    group.set_masks(group.masks)
+    group.take_snapshots()
+    side.backend.perturb_(group, scalar(math.nan, side.device))
+    assert same_bits(group.params, before)
+    if rule is None:
+        side.backend.restore_(group)
+    else:
+        side.backend.descend_(group, rule, state_of(group, rule), guard=scalar(math.nan, side.device))
+    assert same_bits(group.params, before)
+    side.backend.perturb_(group, scalar(3.0, side.device))
+    group.copy_back()  # what a failed step does, without any backend
+    assert same_bits(group.params, before)
+
+
+@pytest.mark.parametrize("side", [EMULATED, INTERPRETED])
+def test_backends_without_compact_snapshots_say_so(side):
+    group = make_group(F32, device=side.device)
+    assert side.backend.refusal(group) is None
+    group.compact = True
+    assert "compact ones are served by foreach" in side.backend.refusal(group)
 
 
 # ---- selection -------------------------------------------------------------------------------------

@@ -120,6 +120,27 @@ void copy_words(T* to, const T* from, const uint64_t* words, int64_t n, bool str
   });
 }
 
+// Calls body(i, k) for every element i of the n whose bit is set, the k-th of them.
+template <class Body>
+SAMK_INLINE void for_each_selected(const uint64_t* words, int64_t n, Body body) {
+  int64_t k = 0;
+  for (int64_t word = 0; word < word_count(n); ++word) {
+    for (uint64_t left = words[word]; left != 0; left &= left - 1) {
+      body(word * kWordBits + __builtin_ctzll(left), k++);
+    }
+  }
+}
+
+// Selected elements to a compact snapshot and back, with every bit kept.
+template <class T>
+void save_selected(T* compact, const T* w, const uint64_t* words, int64_t n) {
+  for_each_selected(words, n, [&](int64_t i, int64_t k) { compact[k] = w[i]; });
+}
+template <class T>
+void restore_selected(T* w, const T* compact, const uint64_t* words, int64_t n) {
+  for_each_selected(words, n, [&](int64_t i, int64_t k) { w[i] = compact[k]; });
+}
+
 // Streaming stores need aligned addresses; 64 bytes also keeps each store within a cache line.
 template <class T>
 bool can_stream(const T* p) {
@@ -135,6 +156,13 @@ T* element(const samk_list& list, int32_t tensor, int64_t begin) {
 // The words of a chunk, which begins with a word; nullptr where the tensor is dense.
 inline const uint64_t* words_of(const samk_list& masks, const Chunk& chunk) {
   return element<const uint64_t>(masks, chunk.tensor, chunk.begin / kWordBits);
+}
+
+// Where the compact snapshot of a chunk begins; nullptr where the tensor has none, or a whole one.
+template <class T>
+T* compact_of(const samk_list& snapshots, const samk_list& offsets, const Chunk& chunk) {
+  const auto* first = element<const int64_t>(offsets, chunk.tensor, chunk.begin / kWordBits);
+  return first == nullptr ? nullptr : element<T>(snapshots, chunk.tensor, *first);
 }
 
 inline bool has(const samk_list& list, int32_t tensor) {

@@ -62,8 +62,8 @@ class Native:
         if group.dtype not in _DTYPES:
             known = ", ".join(str(dtype)[6:] for dtype in _DTYPES)
             return f"the native passes calculate in {known}, not in {str(group.dtype)[6:]}"
-        if group.compact:
-            return "the native passes keep whole snapshots; compact ones are served by foreach"
+        if group.compact and not library.is_cpu_engine:
+            return "the CUDA passes keep whole snapshots; compact ones are served by foreach"
         if not group.dense:
             return "a parameter is a view with gaps or overlaps, and the native passes walk whole blocks"
         if group.device.type != "cpu":
@@ -359,10 +359,11 @@ def _point_masks(plan: Any, group: TensorGroup) -> None:
     """Masks stand where they are between steps; their addresses are read when the list is another."""
     if group.cache.get("native masks") is group.masks:
         return
-    if group.masks is None:
-        plan.forget_masks()
-    else:
+    plan.forget_masks()
+    if group.masks is not None:
         plan.point(_native.MASKS, "masks", group.masks, 0, torch.int64)
+    if group.offsets is not None:
+        plan.point(_native.OFFSETS, "offsets", group.offsets, 0, torch.int64)
     group.cache["native masks"] = group.masks
 
 

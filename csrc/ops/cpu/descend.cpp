@@ -144,6 +144,11 @@ int descend(const samk_plan& plan, const samk_descend_args& a) {
       const T* s = element<T>(a.snapshots, chunk.tensor, chunk.begin);
       const T* g = element<T>(a.grads, chunk.tensor, chunk.begin);
       if (w == nullptr) return;
+      if (const T* compact = compact_of<const T>(a.snapshots, a.offsets, chunk)) {
+        // Back in place while the chunk is on its way through the cache; from there on as without a snapshot.
+        restore_selected(w, compact, words_of(a.masks, chunk), chunk.size);
+        s = nullptr;
+      }
       const uint64_t* words = s != nullptr ? words_of(a.masks, chunk) : nullptr;
       // Reading the weights puts them in the cache; only a write that was not read goes around it.
       const bool streaming = large && s != nullptr && can_stream(w);

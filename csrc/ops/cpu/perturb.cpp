@@ -43,12 +43,24 @@ void perturb_words(T* w, const T* g, T* snapshot, const uint64_t* words, int64_t
   });
 }
 
+// The same where the snapshot has been taken.
+template <class T, class Math>
+void move_words(T* w, const T* g, const uint64_t* words, int64_t n, const Math& math) {
+  for_each_run(words, n, [&](int64_t begin, int64_t size, bool is_zero) {
+    if (is_zero) return;
+    sweep(size, [&](int64_t offset, auto part) {
+      const int64_t i = begin + offset;
+      part.put_where(w + i, bits_at(words, i), math(part.get(w + i), part.get(g + i)));
+    });
+  });
+}
+
 // What a chunk is perturbed with, whatever the metric and the shape.
 template <class T>
 struct Site {
   T* w;
   const T* g;
-  T* snapshot;
+  T* snapshot;            // nullptr where it has been taken
   const uint64_t* words;  // nullptr where the tensor is dense
   int64_t n;
   bool streaming;
@@ -57,6 +69,8 @@ struct Site {
   void perturb(const Math& math) const {
     if (words == nullptr) {
       perturb_chunk(w, g, snapshot, n, streaming, math);
+    } else if (snapshot == nullptr) {
+      move_words(w, g, words, n, math);
     } else {
       perturb_words(w, g, snapshot, words, n, streaming, math);
     }
@@ -100,7 +114,13 @@ int perturb(const samk_plan& plan, const samk_perturb_args& a) {
           T* s = element<T>(a.snapshots, t, chunk.begin);
           const bool streaming = large && can_stream(s);
           const uint64_t* words = words_of(a.masks, chunk);
-          if (!is_safe) return copy_words(s, w, words, chunk.size, streaming);
+          if (T* compact = compact_of<T>(a.snapshots, a.offsets, chunk)) {
+            save_selected(compact, w, words, chunk.size);
+            if (!is_safe) return;
+            s = nullptr;
+          } else if (!is_safe) {
+            return copy_words(s, w, words, chunk.size, streaming);
+          }
           const Site<T> at{w, g, s, words, chunk.size, streaming};
           const double own = a.tensor_scale == nullptr ? 1.0 : a.tensor_scale[t];
           const S scale = perturb_scale<S>(row, a.shape, *a.norm, own);

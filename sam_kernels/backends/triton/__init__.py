@@ -58,6 +58,8 @@ class Triton:
         if group.dtype not in _DTYPES:
             known = ", ".join(str(dtype)[6:] for dtype in _DTYPES)
             return f"the Triton passes calculate in {known}, not in {str(group.dtype)[6:]}"
+        if group.compact:
+            return "the Triton passes keep whole snapshots; compact ones are served by foreach"
         if not group.dense:
             return "a parameter is a view with gaps or overlaps, and the Triton passes walk whole blocks"
         problem = load()[1]
