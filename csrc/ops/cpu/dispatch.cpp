@@ -16,6 +16,9 @@
   int grad_stats(const samk_plan&, const samk_grad_stats_args&); \
   int combine(const samk_plan&, const samk_combine_args&);       \
   int descend(const samk_plan&, const samk_descend_args&);       \
+  int accumulate(const samk_plan&, const samk_accumulate_args&); \
+  int count(const samk_plan&, const samk_count_args&);           \
+  int mark(const samk_plan&, const samk_mark_args&);             \
   }                                                              \
   }
 #define SAMK_PASSES(isa)  \
@@ -25,7 +28,10 @@
    samk::isa::restore,    \
    samk::isa::grad_stats, \
    samk::isa::combine,    \
-   samk::isa::descend}
+   samk::isa::descend,    \
+   samk::isa::accumulate, \
+   samk::isa::count,      \
+   samk::isa::mark}
 
 SAMK_DECLARE(baseline)
 #ifdef SAMK_X86
@@ -102,9 +108,15 @@ int samk_descend(const samk_plan* plan, const samk_descend_args* args) {
   return samk::guarded("descend_", [&] { return samk::passes().descend(*plan, *args); });
 }
 
-int samk_accumulate(const samk_plan*, const samk_accumulate_args*) { return samk::fail("not there yet"); }
-int samk_count(const samk_plan*, const samk_count_args*) { return samk::fail("not there yet"); }
-int samk_mark(const samk_plan*, const samk_mark_args*) { return samk::fail("not there yet"); }
+int samk_accumulate(const samk_plan* plan, const samk_accumulate_args* args) {
+  return samk::guarded("accumulate_squares_", [&] { return samk::passes().accumulate(*plan, *args); });
+}
+int samk_count(const samk_plan* plan, const samk_count_args* args) {
+  return samk::guarded("count_ranks", [&] { return samk::passes().count(*plan, *args); });
+}
+int samk_mark(const samk_plan* plan, const samk_mark_args* args) {
+  return samk::guarded("mark_", [&] { return samk::passes().mark(*plan, *args); });
+}
 
 const char* samk_cpu_isa(void) { return samk::passes().isa; }
 

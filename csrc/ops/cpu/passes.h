@@ -14,6 +14,9 @@ struct Passes {
   int (*grad_stats)(const samk_plan&, const samk_grad_stats_args&);
   int (*combine)(const samk_plan&, const samk_combine_args&);
   int (*descend)(const samk_plan&, const samk_descend_args&);
+  int (*accumulate)(const samk_plan&, const samk_accumulate_args&);
+  int (*count)(const samk_plan&, const samk_count_args&);
+  int (*mark)(const samk_plan&, const samk_mark_args&);
 };
 
 }  // namespace samk
@@ -27,6 +30,9 @@ int restore(const samk_plan&, const samk_restore_args&);
 int grad_stats(const samk_plan&, const samk_grad_stats_args&);
 int combine(const samk_plan&, const samk_combine_args&);
 int descend(const samk_plan&, const samk_descend_args&);
+int accumulate(const samk_plan&, const samk_accumulate_args&);
+int count(const samk_plan&, const samk_count_args&);
+int mark(const samk_plan&, const samk_mark_args&);
 }  // namespace SAMK_ISA
 }  // namespace samk
 #endif
