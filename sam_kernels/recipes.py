@@ -235,9 +235,9 @@ def ssam_f(
     """SSAM-F, sparse SAM by Fisher information: only the weights with the largest ``F`` are perturbed.
 
     ``e = mask * rho g / ||g||`` with the norm of the whole gradient, so that ``||e|| <= rho``, and ``mask``
-    the ``(1 - sparsity) N`` largest of ``F = sum_i (d loss_i / d w)^2`` over all tensors. The optimizer owns no
-    data: call ``opt.update_masks(loader, loss_fn)`` when ``opt.masks_are_due``. Before the first update every
-    weight is perturbed.
+    the ``(1 - sparsity) N`` largest of ``F = sum_i (d loss_i / d w)^2`` over all tensors. The optimizer owns
+    no data: call ``opt.update_masks(loader, loss_fn)`` when ``opt.masks_are_due``. Before the first update
+    every weight is perturbed.
 
     Args:
         rho: radius (default 0.05).
