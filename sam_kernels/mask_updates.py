@@ -144,15 +144,16 @@ class MaskUpdates:
         params = [p for group in self.param_groups for p in group["params"]]
         member_of = member_lookup(self.param_groups, self.model)
         names = {p: member_of(p).name for p in params}
+        shown = {p: names[p] or f"parameter {number}" for number, p in enumerate(params)}
         if callable(source):
             found = {p: source(p) for p in params}
         elif isinstance(source, Mapping):
             known = set(params) | {name for name in names.values() if name is not None}
             for key in source:
                 if key not in known:
-                    shown = repr(key) if isinstance(key, str) else f"a {type(key).__name__}"
+                    stray = repr(key) if isinstance(key, str) else f"a {type(key).__name__}"
                     raise ValueError(
-                        f"update_masks(): {what} has an entry for {shown}, which is no parameter of this "
+                        f"update_masks(): {what} has an entry for {stray}, which is no parameter of this "
                         "optimizer. Names need model= or model.named_parameters()"
                     )
             found = {p: source[p] if p in source else source[names[p]]
@@ -165,10 +166,7 @@ class MaskUpdates:
                     "every parameter"
                 )
             found = dict(zip(params, entries, strict=True))
-        return {
-            p: None if x is None else check(x, p, names[p] or f"parameter {params.index(p)}")
-            for p, x in found.items()
-        }
+        return {p: None if x is None else check(x, p, shown[p]) for p, x in found.items()}
 
     # ---- in a step -----------------------------------------------------------------------------
 

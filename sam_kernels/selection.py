@@ -188,7 +188,7 @@ def select_groups(scores: Tensor, n: int, m: int) -> Tensor:
     for begin in range(0, len(scores), rows):
         piece = rank_scores(scores[begin : begin + rows]).movedim(1, -1)
         ranks = piece.reshape(-1, m)
-        better = torch.zeros_like(ranks, dtype=torch.uint8)
+        better = torch.zeros_like(ranks, dtype=torch.uint8 if m <= 256 else torch.int32)
         for i in range(m):
             other = ranks[:, i : i + 1]
             better += other > ranks
@@ -207,6 +207,8 @@ def select_channels(scores: list[Tensor], keep: int) -> list[Tensor]:
         scores: tensors with elements.
         keep: how many elements.
     """
+    if not scores:
+        return []
     rows = [score.reshape(len(score) if score.dim() else 1, -1) for score in scores]
     device = rows[0].device
     means = torch.cat([row.float().abs().mean(1).to(device) for row in rows])
