@@ -31,6 +31,8 @@ _MOMENTS = {"square": 0, "peak": 1, "power": 2}
 _SHAPES = {"linear": 0, "sign": 1, "powered": 2}
 _RULES = {"sgd": 0, "adam": 1}
 
+_SOMEWHERE = torch.zeros(1)
+
 _CUDA_LIBRARY = "libsam_kernels_cuda.so"
 
 _ISA_VARIABLE = "SAM_KERNELS_CPU_ISA"
@@ -350,7 +352,10 @@ def _point_snapshots(plan: Any, group: TensorGroup) -> int:
     standing = group.standing_snapshots is not None and group.snapshots is group.standing_snapshots
     if standing and group.cache.get("native snapshots") is group.snapshots:
         return len(group.params)
-    present: int = plan.point(_native.SNAPSHOTS, "snapshots", group.snapshots, _DTYPES[group.dtype])
+    snapshots = group.snapshots
+    if group.offsets is not None:  # one of no elements has no address, yet its tensor takes part
+        snapshots = [x if x is None or x.numel() else _SOMEWHERE for x in snapshots]
+    present: int = plan.point(_native.SNAPSHOTS, "snapshots", snapshots, _DTYPES[group.dtype])
     group.cache["native snapshots"] = group.snapshots if standing else None
     return present
 
