@@ -312,12 +312,13 @@ def _backward(
     """One turn for every gradient of the batch: one, or one for each loss of a vector."""
     with torch.enable_grad():
         loss = loss_fn(batch)
-    if not isinstance(loss, Tensor) or loss.dim() > 1:
-        raise ValueError(
-            f"update_masks(): loss_fn returned {tuple(loss.shape) if isinstance(loss, Tensor) else loss!r}; "
-            "expected one loss, or a vector with the loss of every sample"
-        )
-    losses = loss.unbind() if loss.dim() else (loss,)
+        if not isinstance(loss, Tensor) or loss.dim() > 1:
+            found = tuple(loss.shape) if isinstance(loss, Tensor) else repr(loss)
+            raise ValueError(
+                f"update_masks(): loss_fn returned {found}; expected one loss, or a vector with the loss of "
+                "every sample"
+            )
+        losses = loss.unbind() if loss.dim() else (loss,)
     if samples is not None:
         losses = losses[: samples - taken]
     for i, one in enumerate(losses):
