@@ -192,6 +192,8 @@ class MaskUpdates:
         policy, step = self.recipe.mask, self.param_groups[0]["sam_step"]
         if not (isinstance(policy, Dynamic) and policy.is_due(step)):
             return
+        if all(g is None for group, _ in served for g in group.grads):
+            return
         # The host waits here for the device, as a selection does anyway.
         if self._measure is not None and bool(torch.isfinite(self._measure.norm)):
             self._next_masks = self._masks.evolve(served, policy, self._numbers(), step)
