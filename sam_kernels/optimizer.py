@@ -704,6 +704,7 @@ class SAM(MaskUpdates, Optimizer):
         ]
         own_rho = set(self._own_rho)
         state_dict, words = self._without_masks(state_dict)
+        self._masks.check(words)
         self.base_optimizer.load_state_dict(state_dict)
         self._masks.load(words)
         for index, (group, ours) in enumerate(zip(self.param_groups, kept, strict=True)):
