@@ -282,7 +282,9 @@ def accumulate(
     scores = [
         [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in g.params] for g, _ in served
     ]
-    held = [(p, p.grad) for group, _ in served for p in group.params]
+    served_params = [p for group, _ in served for p in group.params]
+    reached = served_params if model is None else dict.fromkeys([*served_params, *model.parameters()])
+    held = [(p, p.grad) for p in reached]
     taken = 0
     try:
         with nullcontext() if model is None else frozen(model):
