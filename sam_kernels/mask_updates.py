@@ -192,6 +192,8 @@ class MaskUpdates:
         policy, step = self.recipe.mask, self.param_groups[0]["sam_step"]
         if not (isinstance(policy, Dynamic) and policy.is_due(step)):
             return
+        if all(g is None for group, _ in served for g in group.grads):
+            return
         # The host waits here for the device, as a selection does anyway.
         if self._measure is not None and bool(torch.isfinite(self._measure.norm)):
             self._next_masks = self._masks.evolve(served, policy, self._numbers(), step)
@@ -280,7 +282,9 @@ def accumulate(
     scores = [
         [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in g.params] for g, _ in served
     ]
-    held = [(p, p.grad) for group, _ in served for p in group.params]
+    served_params = [p for group, _ in served for p in group.params]
+    reached = served_params if model is None else dict.fromkeys([*served_params, *model.parameters()])
+    held = [(p, p.grad) for p in reached]
     taken = 0
     try:
         with nullcontext() if model is None else frozen(model):
@@ -312,12 +316,12 @@ def _backward(
     """One turn for every gradient of the batch: one, or one for each loss of a vector."""
     with torch.enable_grad():
         loss = loss_fn(batch)
-    if not isinstance(loss, Tensor) or loss.dim() > 1:
-        raise ValueError(
-            f"update_masks(): loss_fn returned {tuple(loss.shape) if isinstance(loss, Tensor) else loss!r}; "
-            "expected one loss, or a vector with the loss of every sample"
-        )
-    with torch.enable_grad():  # outside, the pieces of a vector would have no way back
+        if not isinstance(loss, Tensor) or loss.dim() > 1:
+            found = tuple(loss.shape) if isinstance(loss, Tensor) else repr(loss)
+            raise ValueError(
+                f"update_masks(): loss_fn returned {found}; expected one loss, or a vector with the loss of "
+                "every sample"
+            )
         losses = loss.unbind() if loss.dim() else (loss,)
     if samples is not None:
         losses = losses[: samples - taken]

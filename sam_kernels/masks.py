@@ -132,11 +132,12 @@ class Masks:
         self._words = kept
         self._tell()
 
-    def load(self, words: dict[Tensor, Tensor]) -> None:
-        """Take masks from a checkpoint in place of those there are; `attach` comes next.
+    @staticmethod
+    def check(words: dict[Tensor, Tensor]) -> None:
+        """Raise a sentence unless the masks of a checkpoint fit their parameters.
 
         Raises:
-            ValueError: if one does not fit its parameter.
+            ValueError: if one does not.
         """
         for param, mask in words.items():
             expected = (count_words(param.numel()),)
@@ -146,6 +147,9 @@ class Masks:
                     f"the mask of a parameter of shape {tuple(param.shape)} is {found}; expected torch.int64 "
                     f"{expected}. The state that was loaded belongs to another model"
                 )
+
+    def load(self, words: dict[Tensor, Tensor]) -> None:
+        """Take masks from a checkpoint, which fit, in place of those there are; `attach` comes next."""
         self._words = dict(words)
 
     def _tell(self) -> None:

@@ -274,14 +274,17 @@ class Dynamic(Ranked):
         return count - math.ceil(count * self.sparsity) if self.official_quirks else self.live(count)
 
     def kept(self, count: int, step: int) -> int:
-        """How many weights of the mask an update keeps.
+        """How many weights of the mask an update keeps; it drops no more than there are others to grow.
 
         Example:
             >>> Dynamic(0.5, drop_rate=0.5).kept(10, step=0)
             2
         """
-        live = count - count * self.sparsity if self.official_quirks else self.live(count)
-        return int(live * (1 - self.drop_rate_at(step)))
+        rest = 1 - self.drop_rate_at(step)
+        if self.official_quirks:
+            return int((count - count * self.sparsity) * rest)
+        live = self.live(count)
+        return max(int(live * rest), 2 * live - count)
 
     def grown(self, count: int, step: int) -> int:
         """How many weights an update adds; with the kept ones as many as there were.
