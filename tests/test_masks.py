@@ -342,6 +342,23 @@ def test_scores_of_any_floating_point_type_and_layout(dtype):
     assert np.array_equal(flat_mask(opt, params), expected)
 
 
+@every_backend
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
+def test_counts_in_force(sparsity, backend):
+    params = four_parameters()
+    scores = [torch.ones_like(p) for p in params]
+    ours = 305 - round(305 * sparsity)
+    for options, live in (
+        ({"exact": True}, ours),
+        ({"exact": False}, 305),  # all of them rank as high as the last one kept
+        ({"exact": True, "official_quirks": True}, int(305 * (1 - sparsity))),
+    ):
+        opt = make(params, recipes.ssam_f(sparsity=sparsity, **options), backend)
+        opt.update_masks(scores=scores)
+        assert int(opt.masks.count()) == live
+        assert flat_mask(opt, params)[:live].all()
+
+
 def test_a_dict_may_leave_parameters_out_and_they_keep_what_they_have():
     model = small_net()
     params = dict(model.named_parameters())
@@ -453,6 +470,13 @@ MISUSE = {
     "no batch": ({"batches": [], "loss_fn": constant}, ValueError, "no batches"),
     "matrix of losses": (
         {"batches": [torch.ones(2, 2)], "loss_fn": lambda x: x}, ValueError, r"returned \(2, 2\).*one loss",
+    ),
+    "no samples": ({"batches": [torch.ones(3)], "loss_fn": constant, "samples": 0}, ValueError, "samples is 0"),
+    "less than no samples": (
+        {"batches": [torch.ones(3)], "loss_fn": lambda x: x, "samples": -1}, ValueError, "samples is -1",
+    ),
+    "half a sample": (
+        {"batches": [torch.ones(3)], "loss_fn": lambda x: x, "samples": 1.5}, ValueError, "samples is 1.5",
     ),
     "loss that is a number": (
         {"batches": [torch.ones(2)], "loss_fn": lambda x: 0.5}, ValueError, "returned 0.5.*one loss",
@@ -666,6 +690,25 @@ def test_masks_follow_the_oracle(growth, drop, backend):
         ]
         expected = ssam.evolve(before, *scores, live=122, rate=ssam.drop_rate(0.5, step, 10))
         assert np.array_equal(after, expected), step
+
+
+@every_backend
+def test_masks_of_several_dtypes_follow_the_oracle(backend):
+    params = four_parameters()
+    for i, dtype in ((0, torch.float64), (3, torch.bfloat16)):
+        params[i] = Parameter(params[i].detach().to(dtype))
+    sizes = [p.numel() for p in params]
+    opt = make(params, recipes.ssam_d(sparsity=0.6, every=1, seed=9), backend)
+    for step in range(4):
+        give_gradients(params, step)
+        # Far enough apart to differ in a half type: the order of equal ones is not what is tested here.
+        params[3].grad.copy_(torch.logspace(-3, 1, 40, base=2).view(5, 2, 4))
+        g = flat([p.grad.float() for p in params])
+        opt.first_step()
+        before = flat_mask(opt, params)
+        opt.second_step()
+        random = ssam.random_scores(sizes, 9, 2 * step + 1)
+        assert np.array_equal(flat_mask(opt, params), ssam.evolve(before, g, random, live=122, rate=0.5))
 
 
 @every_backend
