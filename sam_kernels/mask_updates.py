@@ -91,7 +91,7 @@ class MaskUpdates:
 
         Raises:
             TypeError: if the recipe has no such masks, or not exactly one source is given.
-            ValueError: if scores or masks do not fit the parameters, there was no batch, or samples is below 1.
+            ValueError: if scores or masks do not fit the parameters, or there was no batch or sample.
             RuntimeError: between the two halves of a step.
 
         Example:
