@@ -471,7 +471,9 @@ MISUSE = {
     "matrix of losses": (
         {"batches": [torch.ones(2, 2)], "loss_fn": lambda x: x}, ValueError, r"returned \(2, 2\).*one loss",
     ),
-    "no samples": ({"batches": [torch.ones(3)], "loss_fn": constant, "samples": 0}, ValueError, "samples is 0"),
+    "no samples": (
+        {"batches": [torch.ones(3)], "loss_fn": constant, "samples": 0}, ValueError, "samples is 0",
+    ),
     "less than no samples": (
         {"batches": [torch.ones(3)], "loss_fn": lambda x: x, "samples": -1}, ValueError, "samples is -1",
     ),
