@@ -91,7 +91,7 @@ class MaskUpdates:
 
         Raises:
             TypeError: if the recipe has no such masks, or not exactly one source is given.
-            ValueError: if scores or masks do not fit the parameters, or there was no batch.
+            ValueError: if scores or masks do not fit the parameters, or there was no batch or sample.
             RuntimeError: between the two halves of a step.
 
         Example:
@@ -113,6 +113,10 @@ class MaskUpdates:
             raise TypeError("update_masks(): batches and loss_fn belong together; give both")
         if sum(source is not None for source in (batches, scores, masks)) != 1:
             raise TypeError("update_masks(): expected one of batches with loss_fn, scores, or masks")
+        if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 1):
+            raise ValueError(
+                f"update_masks(): samples is {samples!r}; expected a whole number of at least 1, or None"
+            )
         served = self._groups()
         if masks is not None:
             given = self._by_parameter(masks, "masks", check_mask)

@@ -219,6 +219,17 @@ def test_of_equal_scores_the_first_in_memory_wins(backend):
 
 
 @every_backend
+@pytest.mark.parametrize("kind", ["all equal", "ties at the threshold", "nan"])
+def test_lists_of_several_dtypes_are_one_ranking(kind, backend):
+    flat = SCORES[kind](TOTAL, np.random.default_rng(2)).astype(np.float32)
+    dtypes = [DTYPES[0], *DTYPES[:4]]
+    for keep in (1, 64, 65, 129, TOTAL // 2, TOTAL - 1):
+        for exact in (False, True):
+            mask = selected(split(flat), keep, backend=backend, exact=exact, dtypes=dtypes)
+            assert np.array_equal(mask, ssam.top(flat, keep, exact)), (keep, exact)
+
+
+@every_backend
 def test_tensors_that_take_no_part_keep_their_words(backend):
     parts = fused_lists([torch.arange(100.0), torch.arange(70.0) + 1000], [torch.float32] * 2, backend)
     parts[0].takes_part[1] = False

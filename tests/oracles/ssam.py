@@ -39,7 +39,12 @@ def perturbation(
 
 
 def sizes(scores: np.ndarray) -> np.ndarray:
-    """Return |score|, as float64, in which NaN is larger than infinity: the order of the ranking."""
+    """Return |score|, as float64, in which NaN is larger than infinity: the order of the ranking.
+
+    Random ranks are whole numbers below 2^31, and stay what they are.
+    """
+    if np.issubdtype(scores.dtype, np.integer):
+        return scores.astype(np.float64)
     with np.errstate(over="ignore"):
         x = np.abs(np.asarray(scores, dtype=np.float32)).astype(np.float64)
     return np.where(np.isnan(x), np.finfo(np.float64).max, np.where(np.isinf(x), 1e300, x))
@@ -98,10 +103,17 @@ def evolve(
     rate: float,
     official: bool = False,
 ) -> np.ndarray:
-    """Return the next mask: the highest of those in it stay, the highest of those that are not come in."""
+    """Return the next mask: the highest of those in it stay, the highest of those that are not come in.
+
+    The authors let it shrink where there are too few to come in; otherwise fewer are dropped then.
+    """
     total = len(mask)
     keep = int(live * (1 - rate))
-    grow = int(min(live * rate, total - live)) if official else int(live) - keep
+    if official:
+        grow = int(min(live * rate, total - live))
+    else:
+        keep = max(keep, int(live) - (total - int(live)))
+        grow = int(live) - keep
     inside, outside = np.flatnonzero(mask), np.flatnonzero(~mask)
     new = np.zeros(total, dtype=bool)
     new[inside[top(drop_scores[inside], keep, exact=True)]] = True
@@ -110,24 +122,16 @@ def evolve(
 
 
 def random_scores(sizes_of: list[int], seed: int, step: int) -> np.ndarray:
-    """Return random ranks of 31 bits, exact as floats of 64, for tensors of so many elements."""
-    return np.concatenate(
-        [random_word(seed, step, t, np.arange(n)) >> 1 for t, n in enumerate(sizes_of)]
-    ).astype(np.int64)
-
-
-def top_random(ranks: np.ndarray, keep: int) -> np.ndarray:
-    """Return the mask of the `keep` highest whole numbers, of equal ones the first."""
-    mask = np.zeros(len(ranks), dtype=bool)
-    mask[np.argsort(-ranks, kind="stable")[:keep]] = True
-    return mask
+    """Return random ranks of 31 bits for tensors of so many elements."""
+    words = [random_word(seed, step, t, np.arange(n)) for t, n in enumerate(sizes_of)]
+    return (np.concatenate(words) >> 1).astype(np.int64)
 
 
 def first_mask(weights: Tensors, sparsity: float = 0.5, seed: int = 0) -> Tensors:
     """Return the random mask that a dynamic one begins with."""
     count = [w.numel() for w in weights.values()]
     keep = sum(count) - round(sum(count) * sparsity)
-    flat = top_random(random_scores(count, seed, BEGINNING), keep)
+    flat = top(random_scores(count, seed, BEGINNING), keep, exact=True)
     parts = np.split(flat, np.cumsum(count)[:-1])
     return {
         name: torch.from_numpy(part).reshape(w.shape)
