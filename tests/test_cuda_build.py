@@ -259,6 +259,9 @@ def test_under_a_mask_fp32_moves_sixteen_bytes_at_a_time_and_words_whole(instruc
         for kind, is_needed in (("LDG", True), ("STG", name in WRITERS)):
             wide = [x for x in accesses if re.fullmatch(rf"{kind}\.E\.(\w+\.)*128(\.\w+)*", x)]
             assert bool(wide) == is_needed, sorted(set(accesses))
+        # What a word decides on is read ahead all the same: 48 KB beside four blocks.
+        order = "".join(x[0] for x in accesses if re.search(r"\.128\b", x))
+        assert max(map(len, order.split("S"))) >= 3, order
 
 
 @pytest.mark.parametrize("name", PASSES)

@@ -488,7 +488,7 @@ def clones(tensors):
 def test_masked_passes_give_the_bits_of_the_dense_ones_in_any_order(library, order, weight, grad, rule):
     plan, w, g = Plan(library, MASKED), randoms(weight, MASKED), randoms(grad, MASKED)
     masks = make_masks(MASKED, dense=(5,))
-    chosen, start, twin = bits_of(masks, MASKED), clones(w), clones(w)
+    chosen, start, twin, saved = bits_of(masks, MASKED), clones(w), clones(w), clones(w)
     snapshots = [torch.full((n,), math.nan, dtype=weight) for n in MASKED]
     rows, norm = table(RHO=0.5, LR=0.1, MOMENTUM=0.9, BETA1=0.9, BETA2=0.99, ADAM_EPS=1e-8), scalar_of(3.0)
     lists = {"params": as_list(w), "grads": as_list(g), "snapshots": as_list(snapshots)}
@@ -498,7 +498,7 @@ def test_masked_passes_give_the_bits_of_the_dense_ones_in_any_order(library, ord
         Perturb(
             params=as_list(twin),
             grads=as_list(g),
-            snapshots=as_list(clones(w)),
+            snapshots=as_list(saved),
             table=rows.data_ptr(),
             norm=norm.data_ptr(),
         ),
@@ -643,8 +643,8 @@ def test_a_selection_over_several_launches_is_the_same_in_any_order(library, dty
     plan, scores = Plan(library, sizes), randoms(dtype, sizes)
     numbers = [3 * t + 1 for t in range(len(sizes))]
     starts = np.concatenate([[0], np.cumsum([64 * count_words(n) for n in sizes])[:-1]])
-    ranks = Ranks(within=as_list(make_masks(sizes, dense=range(0, 1500, 7))), outside=0)
-    part = bits_of(make_masks(sizes, dense=range(0, 1500, 7)), sizes)
+    within = make_masks(sizes, dense=range(0, 1500, 7))
+    ranks, part = Ranks(within=as_list(within)), bits_of(within, sizes)
     if is_random:
         ranks.is_random, ranks.seed, ranks.step = 1, 5 << 40 | 3, 9
         ranks.number = (c_uint32 * len(sizes))(*numbers)
@@ -692,11 +692,9 @@ def test_a_selection_over_several_launches_is_the_same_in_any_order(library, dty
 def test_equal_ranks_all_fall_into_one_bin_and_all_are_candidates(library):
     """The bin of a block takes every one of its threads, and a counter every warp."""
     sizes = [40_000, 1, 63]
-    plan, total = Plan(library, sizes), sum(sizes)
-    ranks, words = (
-        Ranks(scores=as_list([torch.ones(n) for n in sizes])),
-        [torch.zeros(count_words(n), dtype=torch.int64) for n in sizes],
-    )
+    plan, total, scores = Plan(library, sizes), sum(sizes), [torch.ones(n) for n in sizes]
+    words = [torch.zeros(count_words(n), dtype=torch.int64) for n in sizes]
+    ranks = Ranks(scores=as_list(scores))
     counts, found = torch.full((2,), 5, dtype=torch.int64), torch.tensor([1 << 40])
     plan.run("count", Count(ranks=ranks, masks=as_list(words), shift=30, bits=1, counts=counts.data_ptr()))
     assert counts.tolist() == [5 + total, 5]

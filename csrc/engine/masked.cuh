@@ -33,6 +33,14 @@ struct NoMask {};
 template <bool kHasMasks>
 using MaskOf = std::conditional_t<kHasMasks, Mask, NoMask>;
 
+// Packs that a thread reads before it writes or adds one. Under a mask a load is a branch, all of whose
+// registers are taken at once, so there it reads no more than memory needs beside four blocks.
+template <class M, int kUnroll, int kPackBytes>
+constexpr int kUnrollOf = std::is_same<M, NoMask>::value || kUnroll == 1
+                              ? kUnroll
+                              : (kBytesInFlight + kBlocksPerSm * kThreads * kPackBytes - 1) /
+                                    (kBlocksPerSm * kThreads * kPackBytes);
+
 template <class M, int kLists>
 __device__ __forceinline__ M find_mask(const Tensors<kLists>& tensors, int list, const Chunk& chunk) {
   if constexpr (std::is_same<M, Mask>::value) {

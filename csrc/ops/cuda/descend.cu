@@ -183,11 +183,13 @@ class AdamScalars {
 //   fp64                             2 x 2               48  2 x 2  64
 //   half gradients of fp32 weights,
 //   or fp32 masters of half ones     2 x 2               80  2 x 1  56
-template <class W, class G, bool kHasMasters, int kRule>
+// Under masks Adam in fp32 has 3 blocks and 48 KB: words take registers too.
+template <class W, class G, bool kHasMasters, int kRule, bool kHasMasks>
 struct Tuning {
   using M = Source<W, kHasMasters>;
   static constexpr int kWidth = pack_width<W, G>();
-  static constexpr int kBlocks = kWidth == 4 ? kBlocksPerSm : sizeof(M) == 2 ? 3 : kBlocksPerSmHeavy;
+  static constexpr int kBlocksOfFour = kHasMasks && kRule == SAMK_ADAM ? 3 : kBlocksPerSm;
+  static constexpr int kBlocks = kWidth == 4 ? kBlocksOfFour : sizeof(M) == 2 ? 3 : kBlocksPerSmHeavy;
   static constexpr int kUnroll = kRule == SAMK_SGD ? (kWidth == 4 ? 1 : 2) : (kWidth == 2 ? 2 : 1);
   static constexpr int kBytes = sizeof(G) + sizeof(M) * (kRule == SAMK_SGD ? 2 : 3);  // read for an element
   static_assert(kBlocks * kThreads * kUnroll * kWidth * kBytes >= kBytesInFlight,
@@ -195,9 +197,9 @@ struct Tuning {
 };
 
 template <class W, class G, bool kHasMasters, int kRule, bool kHasMasks>
-__global__ void __launch_bounds__(kThreads, Tuning<W, G, kHasMasters, kRule>::kBlocks)
+__global__ void __launch_bounds__(kThreads, Tuning<W, G, kHasMasters, kRule, kHasMasks>::kBlocks)
     descend_kernel(const __grid_constant__ Parameters<kListsOf<kRule> + kHasMasks, Scalars> p) {
-  using T = Tuning<W, G, kHasMasters, kRule>;
+  using T = Tuning<W, G, kHasMasters, kRule, kHasMasks>;
   using M = Source<W, kHasMasters>;
   using S = typename Stored<M>::S;
   const auto& tensors = p.tensors;
@@ -284,9 +286,9 @@ extern "C" int samk_descend(const samk_plan* plan, const samk_descend_args* a) {
     using G = decltype(g);
     constexpr bool kMasters = decltype(masters)::value, kHas = decltype(masked)::value;
     return a->rule == SAMK_SGD ? run(descend_kernel<W, G, kMasters, SAMK_SGD, kHas>,
-                                     Tuning<W, G, kMasters, SAMK_SGD>::kBlocks)
+                                     Tuning<W, G, kMasters, SAMK_SGD, kHas>::kBlocks)
                                : run(descend_kernel<W, G, kMasters, SAMK_ADAM, kHas>,
-                                     Tuning<W, G, kMasters, SAMK_ADAM>::kBlocks);
+                                     Tuning<W, G, kMasters, SAMK_ADAM, kHas>::kBlocks);
   };
   if (has_masters) {
     // Masters are whole, and weights that were not perturbed are the rounded masters: no mask is asked.

@@ -91,7 +91,8 @@ __device__ __forceinline__ auto load(const Source& source, int i, int n, Word wo
 template <class Source>
 __device__ __forceinline__ void mark_chunk(const Source& source, const Mask& part, uint64_t* words, int n,
                                            int64_t position, const MarkScalars& scalars) {
-  constexpr int kWidth = Source::kWidth, kStride = kThreads * kWidth, kUnroll = 4;
+  constexpr int kWidth = Source::kWidth, kStride = kThreads * kWidth;
+  constexpr int kUnroll = kBytesInFlight / (kBlocksPerSm * kThreads * 16);
   const bool is_aligned = source.is_aligned();
 #pragma unroll 1
   for (int first = 0; first < n; first += kUnroll * kStride) {

@@ -53,7 +53,8 @@ __device__ __forceinline__ void perturb_chunk(W* w, const G* g, W* snapshot, int
                                               const Math& math) {
   using V = Lane<typename Stored<W>::S>;
   const auto load = [&](int i, auto word, auto access) { return load_two(w, g, i, word, access); };
-  sweep<pack_width<W, G>(), kUnroll>(
+  constexpr int kWidth = pack_width<W, G>(), kBytes = kWidth * (sizeof(W) + sizeof(G));
+  sweep<kWidth, kUnrollOf<M, kUnroll, kBytes>>(
       n, are_aligned(w, g, snapshot), mask, load, [&](int i, auto word, const auto& x, auto access) {
         if (word.is_empty()) return;
         auto moved = x.a;
@@ -72,18 +73,18 @@ __device__ __forceinline__ void perturb_chunk(W* w, const G* g, const float* mas
                                               const Math& math) {
   using V = Lane<float>;
   const auto load = [&](int i, auto word, auto access) { return load_two(master, g, i, word, access); };
-  sweep<pack_width<W, G>(), kUnroll>(n, are_aligned(w, g, master), mask, load,
-                                     [&](int i, auto word, const auto& x, auto access) {
-                                       if (word.is_empty()) return;
-                                       Raw<W, decltype(access)::kWidth> moved;
-                                       if constexpr (std::is_same<M, Mask>::value) moved = access.get(w + i);
+  constexpr int kWidth = pack_width<W, G>(), kBytes = kWidth * (sizeof(float) + sizeof(G));
+  sweep<kWidth, kUnrollOf<M, kUnroll, kBytes>>(
+      n, are_aligned(w, g, master), mask, load, [&](int i, auto word, const auto& x, auto access) {
+        if (word.is_empty()) return;
+        Raw<W, decltype(access)::kWidth> moved;
+        if constexpr (std::is_same<M, Mask>::value) moved = access.get(w + i);
 #pragma unroll
-                                       for (int k = 0; k < decltype(access)::kWidth; ++k) {
-                                         if (word.has(k))
-                                           moved.v[k] = narrow<W>(math(V(x.a.v[k]), V(widen(x.b.v[k]).x)));
-                                       }
-                                       access.put(w + i, moved);
-                                     });
+        for (int k = 0; k < decltype(access)::kWidth; ++k) {
+          if (word.has(k)) moved.v[k] = narrow<W>(math(V(x.a.v[k]), V(widen(x.b.v[k]).x)));
+        }
+        access.put(w + i, moved);
+      });
 }
 
 template <int kShape>

@@ -113,11 +113,12 @@ inline void* pointer_of(const samk_ranks& ranks, const samk_list& masks, int lis
   }
 }
 
-// Calls visit with a value of the type that stands for these ranks.
 template <class T>
 struct Type {
   using type = T;
 };
+
+// Calls visit with the type that works out these ranks.
 template <class Visit>
 int with_ranks(const char* pass, const samk_ranks& ranks, Visit visit) {
   if (ranks.is_random) {

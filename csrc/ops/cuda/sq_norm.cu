@@ -41,14 +41,6 @@ struct Pair {
   W w;
 };
 
-// Packs that a thread reads before it adds one. Under a mask a load is a branch, all of whose registers are
-// taken at once, so there it reads no more than memory needs.
-template <class M, int kUnroll, int kPackBytes>
-constexpr int kUnrollOf = std::is_same<M, NoMask>::value || kUnroll == 1
-                              ? kUnroll
-                              : (kBytesInFlight + kBlocksPerSm * kThreads * kPackBytes - 1) /
-                                    (kBlocksPerSm * kThreads * kPackBytes);
-
 // What this thread's elements of the chunk add up to. Sums are fp32 inside a chunk on purpose: a thread adds
 // a few hundred numbers, and across chunks they are fp64.
 template <class G, class W, class M, class Metric, class Term>
