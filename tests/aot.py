@@ -46,6 +46,7 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     """(name, call of a pass) for every variant, or for those whose code differs most."""
     import torch
 
+    from sam_kernels.ranks import Ranks
     from sam_kernels.tensor_groups import ADAPTIVE, EUCLIDEAN, Column, TensorGroup
 
     one = torch.ones((), dtype=torch.float64)
@@ -93,6 +94,22 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
         slots = {"exp_avg": tensors(), "exp_avg_sq": tensors(), "step": steps}
         return lambda backend: backend.descend_(group(masks=masks), "adam", slots, **checks)
 
+    def accumulate():
+        scores = [torch.zeros(size) for size in (5000, 3)]
+        return lambda backend: backend.accumulate_squares_(group(), scores)
+
+    def ranks(is_random: bool, **within: Any) -> Ranks:
+        return Ranks(numbers=[0, 1], **within) if is_random else Ranks(tensors(), **within)
+
+    def count_ranks(is_random: bool = False, **within: Any):
+        made = ranks(is_random, **within)
+        return lambda backend: backend.count_ranks(group(), made, words(), prefix=0, shift=20, bits=11)
+
+    def mark(is_random: bool = False, add: bool = False, collects: bool = True, **within: Any):
+        made, room = ranks(is_random, **within), torch.zeros(9, dtype=torch.int64)
+        wanted = {"positions": [0, 5056], "candidates": room, "found": room} if collects else {}
+        return lambda backend: backend.mark_(group(), made, words(), threshold=5, shift=20, add=add, **wanted)
+
     power = {"moment": "power", "q": 1.5, "root": 1.5, "peak": one}
     powered = {"shape": "powered", "q": 3.0, "peak": one}
 
@@ -115,6 +132,9 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     yield "descend sgd masked", sgd(masks=True)
     yield "descend sgd momentum masked", sgd(0.9, masks=True, guard=one, **amp)
     yield "descend adam masked", adam(masks=True, guard=one)
+    yield "accumulate", accumulate()
+    yield "count", count_ranks()
+    yield "mark", mark(within=words())
     if not every:
         return
     yield "sq_norm peak", sq_norm(EUCLIDEAN, moment="peak", per_tensor=True)
@@ -140,6 +160,12 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     yield "perturb sign masked", perturb(EUCLIDEAN, masks=True, shape="sign")
     yield "perturb sign adaptive masked", perturb(ADAPTIVE, masks=True, shape="sign")
     yield "perturb powered masked", perturb(EUCLIDEAN, masks=True, **powered)
+    yield "count within", count_ranks(within=words())
+    yield "count outside", count_ranks(within=words(), outside=True)
+    yield "count random", count_ranks(is_random=True)
+    yield "mark outside", mark(within=words(), outside=True, collects=False)
+    yield "mark random", mark(is_random=True, add=True)
+    yield "mark random outside", mark(is_random=True, add=True, within=words(), outside=True)
 
 
 def launches(vendor: str, dtype: str, every: bool, names: list[str]) -> Iterator[tuple[str, Launch]]:

@@ -347,7 +347,7 @@ class Triton:
             dtype = self._point_foreign(kernel, plan, table, group, lists=[ranks.scores])
         if ranks.within is not None:
             plan.point(table, List.WITHIN, "within", ranks.within, torch.int64, plan.words)
-        settings = _settings(dtype)
+        settings = _settings(dtype, many_lists=True)
         settings.pop("S")
         return {
             **settings,
