@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from . import sparse
+from .cases import BASES
 from .passes import BYTES, RIVALS, STREAM_BYTES
 from .peers import label
 from .records import Results, divided
@@ -97,7 +99,76 @@ def _extra_memory(unit: str) -> Callable[[Results], Outcome]:
     return measure
 
 
-# Buffers start on cache lines, which costs up to 60 bytes a tensor.
+def _worst(outcomes: list[Outcome], sign: int) -> Outcome:
+    """The one farthest from the goal; nothing was measured unless everything was."""
+    if not outcomes or any(outcome.value is None for outcome in outcomes):
+        return Outcome(None)
+    return min(outcomes, key=lambda outcome: sign * outcome.value)  # type: ignore[operator]
+
+
+def _faster_update(unit: str) -> Callable[[Results], Outcome]:
+    """How many times faster we select masks than published, at the sparsity where it is least."""
+
+    def measure(results: Results) -> Outcome:
+        found = []
+        for sparsity in sparse.SPARSITIES:
+            rival = f"{sparse.PUBLISHED} {sparsity}"
+            ratio = results.ratio(unit, rival, f"{OURS} {sparsity}", "total_ms")
+            found.append(
+                Outcome(None)
+                if ratio is None
+                else Outcome(ratio["p50"], ratio["p20"], ratio["p80"], sparse.label(rival))
+            )
+        return _worst(found, 1)
+
+    return measure
+
+
+def _less_scratch(unit: str) -> Callable[[Results], Outcome]:
+    """Scratch memory of the published update over ours, where least, by the count that is worse for us."""
+
+    def measure(results: Results) -> Outcome:
+        found = []
+        for metric, name in (("extra_bytes", "counted"), ("resident_bytes", "resident")):
+            for sparsity in sparse.SPARSITIES:
+                ours, theirs = (
+                    results.value(unit, f"{key} {sparsity}", metric) for key in (OURS, sparse.PUBLISHED)
+                )
+                if metric == "resident_bytes" and (ours is None or theirs is None):
+                    continue  # not every system tells
+                ratio = None if ours is None or theirs is None else theirs / max(ours, 1)
+                found.append(Outcome(ratio, against=f"as published, {sparsity}, {name}"))
+        return _worst(found, 1)
+
+    return measure
+
+
+def _against_dense(unit: str, masks: list[tuple[str, float]]) -> Callable[[Results], Outcome]:
+    """Time of our step with a mask over that of our dense step, with the slowest of the masks."""
+
+    def measure(results: Results) -> Outcome:
+        found = []
+        for pattern, sparsity in masks:
+            ratio = results.ratio(unit, f"{OURS} {pattern} {sparsity}", sparse.DENSE, "total_ms")
+            found.append(
+                Outcome(None)
+                if ratio is None
+                else Outcome(ratio["p50"], ratio["p20"], ratio["p80"], f"dense; {pattern} {sparsity}")
+            )
+        return _worst(found, -1)
+
+    return measure
+
+
+def _mask_memory(results: Results) -> Outcome:
+    unit = "sparse/update/ssam_f"
+    ours, floats = (results.value(unit, f"{key} 0.9", "mask_bytes") for key in (OURS, sparse.PUBLISHED))
+    if ours is None or floats is None:
+        return Outcome(None)
+    return Outcome(floats / ours, against="masks of float32")
+
+
+# Buffers start on cache lines, which costs up to 60 bytes a tensor; masks end with whole words of 64 bits.
 _PADDING = 0.01
 
 GOALS = (
@@ -153,4 +224,41 @@ GOALS = (
         "B",
         -1,
     ),
+    *(
+        goal
+        for kind in sparse.UPDATES
+        for goal in (
+            Goal(
+                f"masks of {kind} anew, ResNet-50, against the published way, all sparsities",
+                10.0,
+                _faster_update(f"sparse/update/{kind}"),
+            ),
+            Goal(
+                f"masks of {kind} anew: scratch memory of the published way over ours, all sparsities",
+                20.0,
+                _less_scratch(f"sparse/update/{kind}"),
+            ),
+        )
+    ),
+    *(
+        goal
+        for base in BASES.values()
+        for goal in (
+            Goal(
+                f"step with any mask, ResNet-50, {base.title}: time over that of the dense step",
+                1.03,
+                _against_dense(f"sparse/step/{base.name}", sparse.step_masks()),
+                "x",
+                -1,
+            ),
+            Goal(
+                f"step with masks of channels, {base.title}: time over that of the dense step",
+                1.0,
+                _against_dense(f"sparse/step/{base.name}", [("structured", s) for s in sparse.STRUCTURED]),
+                "x",
+                -1,
+            ),
+        )
+    ),
+    Goal("memory of masks, ResNet-50, of float32 over ours", 32 / (1 + _PADDING), _mask_memory),
 )

@@ -1,14 +1,15 @@
-"""The picture of a result file: python -m bench.plot FILE"""
+"""The pictures of a result file: python -m bench.plot FILE"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from . import sparse
 from .cases import BASES, CASES
 from .goals import OURS
 from .peers import COPY, label
-from .records import Results
+from .records import Results, Row
 from .report import number
 
 _PEERS = (
@@ -42,6 +43,13 @@ def _color(key: str) -> str:
     return _OURS if key.startswith("ours") else _OTHER
 
 
+def draw_all(results: Results, target: Path) -> list[Path]:
+    """Write the pictures for which there is something to draw; that of sparse SAM beside the other."""
+    beside = target.with_name(f"{target.stem}_sparse{target.suffix}")
+    pictures = {target: draw, beside: draw_sparse}
+    return [path for path, drawn in pictures.items() if drawn(results, path)]
+
+
 def draw(results: Results, target: Path) -> bool:
     """Write the picture; False if there is nothing to draw."""
     import matplotlib
@@ -66,18 +74,30 @@ def draw(results: Results, target: Path) -> bool:
         axis.set_visible(False)
     for axis, unit in zip(axes.flat, units, strict=False):
         _panel(axis, results, unit)
-    machine = results.rows[0]["machine"]
-    figure.suptitle(
+    _finish(
+        figure,
         "Time of one SAM step, optimizer phase only (norm, perturb, restore, update), relative to ours; "
-        "shorter is faster\n"
-        f"{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}; "
-        "medians of interleaved rounds, whiskers p20 to p80; grey bars do less work than a SAM step",
+        "shorter is faster",
+        "grey bars do less work than a SAM step",
+        results.find(units[0], OURS, "total_ms"),
+        target,
+    )
+    return True
+
+
+def _finish(figure, title: str, note: str, row: Row, target: Path) -> None:  # type: ignore[no-untyped-def]
+    """Say what it is and who measured, and write it."""
+    from matplotlib import pyplot
+
+    machine = row["machine"]
+    figure.suptitle(
+        f"{title}\n{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}; "
+        f"medians of interleaved rounds, whiskers p20 to p80; {note}",
         fontsize=11,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=130)
     pyplot.close(figure)
-    return True
 
 
 def _panel(axis, results: Results, unit: str) -> None:  # type: ignore[no-untyped-def]
@@ -96,14 +116,7 @@ def _panel(axis, results: Results, unit: str) -> None:  # type: ignore[no-untype
                 transform=axis.get_yaxis_transform(),
             )
             continue
-        middle = ratio["p50"]
-        spread = [[middle - ratio["p20"]], [ratio["p80"] - middle]]
-        axis.barh(
-            place, middle, color=_color(key), height=0.72, xerr=spread, error_kw={"lw": 1, "ecolor": "0.25"}
-        )
-        axis.annotate(
-            number(middle), (ratio["p80"], place), (4, 0), textcoords="offset points", va="center", fontsize=8
-        )
+        _bar(axis, place, ratio, _color(key))
     axis.axvline(1, color=_OURS, lw=1, ls=":")
     axis.set_yticks(list(places), [_LABELS.get(key) or label(key) for key in _PEERS], fontsize=9)
     axis.invert_yaxis() if not axis.yaxis_inverted() else None
@@ -118,6 +131,99 @@ def _panel(axis, results: Results, unit: str) -> None:  # type: ignore[no-untype
     )
 
 
+def _bar(axis, place: float, spread: dict[str, float] | Row, color: str, unit: str = "") -> None:  # type: ignore[no-untyped-def]
+    """A median with its whiskers and its number."""
+    middle = spread["p50"]
+    whiskers = [[middle - spread["p20"]], [spread["p80"] - middle]]
+    axis.barh(place, middle, color=color, height=0.72, xerr=whiskers, error_kw={"lw": 1, "ecolor": "0.25"})
+    axis.annotate(
+        number(middle) + unit,
+        (spread["p80"], place),
+        (4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+    )
+
+
+def draw_sparse(results: Results, target: Path) -> bool:
+    """Write the picture of sparse SAM: masks anew above, steps below; False if there is nothing to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    updates = [u for u in results.units("sparse") if u.startswith("sparse/update/")]
+    updates = [u for u in updates if any(p.startswith(OURS) for p in _timed(results, u))]
+    steps = [u for u in results.units("sparse") if results.find(u, sparse.DENSE, "total_ms") is not None]
+    if not updates and not steps:
+        return False
+    rows = [units for units in (updates, steps) if units]
+    heights = [1.5 if units is updates else 1.2 for units in rows]
+    figure, axes = pyplot.subplots(
+        len(rows),
+        2,
+        figsize=(13.5, 3.2 * sum(heights) + 0.9),
+        squeeze=False,
+        layout="constrained",
+        height_ratios=heights,
+    )
+    for line, units in zip(axes, rows, strict=True):
+        for axis in line[len(units) :]:
+            axis.set_visible(False)
+        for axis, unit in zip(line, units, strict=False):
+            (_updates_panel if units is updates else _masked_panel)(axis, results, unit)
+            axis.invert_yaxis()
+            axis.tick_params(axis="x", labelsize=8)
+            axis.spines[["top", "right"]].set_visible(False)
+    unit = (updates or steps)[0]
+    note = "shorter is faster"
+    _finish(
+        figure,
+        "Sparse SAM on ResNet-50's list",
+        note,
+        results.find(unit, _timed(results, unit)[0], "total_ms"),
+        target,
+    )
+    return True
+
+
+def _timed(results: Results, unit: str) -> list[str]:
+    return [peer for peer in results.peers(unit) if results.find(unit, peer, "total_ms") is not None]
+
+
+def _updates_panel(axis, results: Results, unit: str) -> None:  # type: ignore[no-untyped-def]
+    """Milliseconds of a new selection, grouped by sparsity."""
+    peers = _timed(results, unit)
+    names, places, place = [], [], 0.0
+    for sparsity in sparse.SPARSITIES:
+        for peer in (p for p in peers if p.endswith(f" {sparsity}")):
+            _bar(axis, place, results.find(unit, peer, "total_ms"), _color(peer), " ms")
+            names.append(sparse.label(peer))
+            places.append(place)
+            place += 1
+        place += 0.5
+    axis.set_yticks(places, names, fontsize=9)
+    axis.margins(x=0.16)
+    axis.set_xlim(left=0)
+    axis.set_title(f"masks anew: {sparse.UPDATES[unit.split('/')[-1]]}", fontsize=9.5)
+
+
+def _masked_panel(axis, results: Results, unit: str) -> None:  # type: ignore[no-untyped-def]
+    """Steps relative to our dense one."""
+    peers = _timed(results, unit)
+    for place, peer in enumerate(peers):
+        _bar(axis, place, results.ratio(unit, peer, sparse.DENSE, "total_ms"), _color(peer))
+    axis.axvline(1, color=_OURS, lw=1, ls=":")
+    axis.set_yticks(range(len(peers)), [sparse.label(peer) for peer in peers], fontsize=9)
+    axis.margins(x=0.16)
+    axis.set_xlim(left=0)
+    dense = results.find(unit, sparse.DENSE, "total_ms")
+    axis.set_title(
+        f"one step with masks, {BASES[dense['base']].title}; 1 = {dense['p50']:.3g} ms, dense", fontsize=9.5
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
     parser.add_argument("file", type=Path, help="a .jsonl file written by python -m bench.run")
@@ -128,10 +234,11 @@ def main() -> int:
             f"{arguments.file} does not exist; expected a .jsonl file written by python -m bench.run"
         )
     target = arguments.out or arguments.file.with_suffix(".png")
-    if not draw(Results(arguments.file), target):
-        print(f"{arguments.file} has no timed step of '{OURS}', to which the picture is relative")
+    pictures = draw_all(Results(arguments.file), target)
+    if not pictures:
+        print(f"{arguments.file} has no timed step of '{OURS}', to which the pictures are relative")
         return 1
-    print(target)
+    print(*pictures, sep="\n")
     return 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from . import sparse
 from .cases import BASES, CASES
 from .goals import GOALS, OURS, Outcome, fraction_of_roofline
 from .passes import BACKENDS, BYTES
@@ -21,7 +22,7 @@ NOISE = (
     "so even ratios flatter us; not to be quoted"
 )
 
-SECTIONS = ("step", "host", "passes", "train")
+SECTIONS = ("step", "host", "passes", "sparse", "train")
 
 
 def number(x: float | None) -> str:
@@ -58,9 +59,14 @@ def _heading(row: Row) -> str:
 def unit_table(results: Results, unit: str) -> Table:
     """The table of one unit, whatever its section."""
     section = unit.split("/")[0]
-    return {"step": _step_table, "host": _host_table, "passes": _passes_table, "train": _train_table}[
-        section
-    ](results, unit)
+    tables = {
+        "step": _step_table,
+        "host": _host_table,
+        "passes": _passes_table,
+        "sparse": _update_table if unit.startswith("sparse/update/") else _masked_table,
+        "train": _train_table,
+    }
+    return tables[section](results, unit)
 
 
 def _reasons(results: Results, unit: str, table: Table) -> Table:
@@ -68,6 +74,8 @@ def _reasons(results: Results, unit: str, table: Table) -> Table:
     for row in results.rows:
         if row["unit"] == unit and row["metric"] in ("skipped", "wrong"):
             name = label(row["peer"]) if row["peer"] in SPECS else row["peer"]
+            if unit.startswith("sparse/"):
+                name = sparse.label(row["peer"])
             word = "WRONG, not timed" if row["metric"] == "wrong" else "not run"
             notes.append(f"{name}: {word}: {row['value']}")
     table.caption, table.caption_justify, table.caption_style = "\n".join(notes) or None, "left", ""
@@ -202,6 +210,69 @@ def _passes_table(results: Results, unit: str) -> Table:
         table.add_section()
         for name in BYTES:
             add(f"{backend} {name}", fraction_of_roofline(results, unit, backend, name))
+    return _reasons(results, unit, table)
+
+
+def _update_table(results: Results, unit: str) -> Table:
+    rows = [row for row in results.rows if row["unit"] == unit]
+    size = f"{rows[0]['tensors']} tensors, {rows[0]['numel'] / 1e6:.2f}M"
+    kind = sparse.UPDATES[unit.split("/")[-1]]
+    table = _table(
+        f"Masks anew: {CASES[rows[0]['case']].title} ({size}), {kind}; milliseconds",
+        "peer, sparsity",
+        "ms",
+        "p20 .. p80",
+        "x ours",
+        "scratch B/param\n(counted)",
+        "scratch B/param\n(resident)",
+        "masks\nB/param",
+    )
+    for sparsity in sparse.SPARSITIES:
+        for peer in (p for p in results.peers(unit) if p.endswith(f" {sparsity}")):
+            total = results.find(unit, peer, "total_ms")
+            if total is None:
+                continue
+            ratio = results.ratio(unit, peer, f"{OURS} {sparsity}", "total_ms")
+            memory = [results.value(unit, peer, f"{what}_bytes") for what in ("extra", "resident", "mask")]
+            table.add_row(
+                sparse.label(peer),
+                number(total["p50"]),
+                _spread(total),
+                number(ratio and ratio["p50"]),
+                *("" if count is None else f"{count / total['numel']:.3f}" for count in memory),
+            )
+        table.add_section()
+    return _reasons(results, unit, table)
+
+
+def _masked_table(results: Results, unit: str) -> Table:
+    rows = [row for row in results.rows if row["unit"] == unit]
+    table = _table(
+        f"One step with masks, optimizer phase only: {_heading(rows[0])}; milliseconds",
+        "peer, mask",
+        "norm +\nperturb",
+        "restore +\nupdate",
+        "step",
+        "p20 .. p80",
+        "x ours,\ndense",
+        "p20 .. p80\nof that",
+        "weights\nperturbed",
+    )
+    for peer in results.peers(unit):
+        total = results.find(unit, peer, "total_ms")
+        if total is None:
+            continue
+        ratio = results.ratio(unit, peer, sparse.DENSE, "total_ms")
+        table.add_row(
+            sparse.label(peer),
+            number(results.value(unit, peer, "phase1_ms")),
+            number(results.value(unit, peer, "phase2_ms")),
+            number(total["p50"]),
+            _spread(total),
+            number(ratio and ratio["p50"]),
+            "" if ratio is None else f"{number(ratio['p20'])} .. {number(ratio['p80'])}",
+            _percent(results.value(unit, peer, "density")),
+        )
     return _reasons(results, unit, table)
 
 

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import machine, passes, report, steps, training
+from . import machine, passes, report, sparse, steps, training
 from .cases import BASES, CASES
 from .records import Results, Row
 from .timing import Effort
@@ -71,12 +71,20 @@ def plan(arguments: argparse.Namespace) -> Iterator[tuple[str, Measure]]:
     if "host" in arguments.only:
         for base in arguments.bases or BASES:
             no = "its host time is not measured unless asked for with --compile all"
-            unit = steps.Unit("host", "resnet50", base, torch.float32, 1, arguments.compile == "all" or no)
-            yield unit.name, partial(steps.measure, unit, effort)
+            calls = steps.Unit("host", "resnet50", base, torch.float32, 1, arguments.compile == "all" or no)
+            yield calls.name, partial(steps.measure, calls, effort)
     if "passes" in arguments.only:
         for dtype in dtypes:
             name = f"passes/one_huge/{str(dtype)[6:]}"
             yield name, partial(passes.measure, dtype, arguments.cap, effort)
+    if "sparse" in arguments.only:
+        sparsities = sparse.SPARSITIES[2:3] if quick else sparse.SPARSITIES
+        units: list[sparse.Update | sparse.Step] = [
+            sparse.Update(kind, sparsities, arguments.cap) for kind in sparse.UPDATES
+        ]
+        units += [sparse.Step(base, arguments.cap) for base in arguments.bases or BASES]
+        for unit in units:
+            yield unit.name, partial(sparse.measure, unit, effort)
     if "train" in arguments.only:
         for name, (*_, batches, _, _) in training.MODELS.items():
             for batch in batches[:1] if quick else batches:
@@ -170,9 +178,8 @@ def _write(results: Results, console: Console) -> None:
     text = results.path.with_suffix(".txt")
     report.write_text(results, text)
     console.print(f"{results.path}\n{text}", highlight=False)
-    picture = results.path.with_suffix(".png")
     try:
-        if plot.draw(results, picture):
+        for picture in plot.draw_all(results, results.path.with_suffix(".png")):
             console.print(str(picture), highlight=False)
     except ImportError as error:
         console.print(f"no picture: {error}. Install matplotlib and run python -m bench.plot {results.path}")

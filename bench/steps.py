@@ -78,7 +78,7 @@ def measure(unit: Unit, effort: Effort, log: Log, tick: Tick) -> list[Row]:
             rows.append(single(key, "wrong", verdict))
             log(f"  WRONG    {spec.label}: {verdict}; it will not be timed")
         elif key != "ours_reference":
-            contestants[key] = _step_of(peer, workspace)
+            contestants[key] = step_of(peer, workspace)
     del truth
     workspace.reset()
     workspace.initial = []
@@ -188,7 +188,9 @@ def _one_step(peer: Any, workspace: Workspace) -> None:
     peer.step_phase2()
 
 
-def _step_of(peer: Any, workspace: Workspace) -> Contestant:
+def step_of(peer: Any, workspace: Workspace) -> Contestant:
+    """A peer's step in its two phases."""
+
     def contestant() -> dict[str, float]:
         give_gradients(peer.params, workspace.first)
         start = time.perf_counter()
