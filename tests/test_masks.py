@@ -855,6 +855,21 @@ def test_a_step_that_raises_leaves_masks_and_weights(form, base, backend, monkey
     assert np.array_equal(flat_mask(opt, params), flat_mask(twin, list(other.parameters())))
 
 
+def test_a_step_that_raised_leaves_no_mask_for_the_next():
+    params = four_parameters()
+    opt = make(params, recipes.ssam_d(every=1))
+    two_step(opt, params, 1)
+    mask = flat_mask(opt, params)
+    give_gradients(params, 2)
+    with pytest.raises(OSError, match="lost"), opt.perturbed():
+        raise OSError("lost")
+    give_gradients(params, 3)
+    params[0].grad[0, 0] = math.nan  # a step that makes no mask of its own
+    opt.first_step()
+    opt.second_step()
+    assert np.array_equal(flat_mask(opt, params), mask)
+
+
 @every_backend
 def test_closures_and_two_step_form_have_the_same_masks(backend):
     model, other = small_net(), small_net()
