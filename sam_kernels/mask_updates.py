@@ -87,7 +87,8 @@ class MaskUpdates:
             scores: tensors of the parameters' shapes, larger for weights to be perturbed, compared by size: a
                 dict by name or parameter, a list in the order of the parameters, or a function of the
                 parameter.
-            masks: bool tensors, likewise; None makes a parameter dense.
+            masks: bool tensors, likewise; None makes a parameter dense. Recipes that make their own masks
+                replace a None in the next step.
 
         Raises:
             TypeError: if the recipe has no such masks, or not exactly one source is given.
@@ -181,12 +182,24 @@ class MaskUpdates:
             self._masks.begin(served, policy, self._numbers())
         elif isinstance(policy, Given):
             member_of = member_lookup(self.param_groups, self.model)
+            self._check_names(policy, member_of)
             params = [p for group, _ in served for p in group.params]
             if not policy.is_due(self.param_groups[0]["sam_step"]):
                 params = [p for p in params if p not in self._given and self._masks.words(p) is None]
             if params:
                 self._masks.give({p: ask(policy, p, member_of(p)) for p in params})
                 self._given |= set(params)
+
+    def _check_names(self, policy: Given, member_of: Callable[[Tensor], Member]) -> None:
+        if self._given or not isinstance(policy.masks, Mapping):
+            return
+        known = {member_of(p).name for group in self.param_groups for p in group["params"]}
+        unknown = [name for name in policy.masks if name not in known]
+        if unknown:
+            raise ValueError(
+                f"Given: masks has an entry for {unknown[0]!r}, which is the name of no parameter of this "
+                "optimizer"
+            )
 
     def _evolve_masks(self, served: Served) -> None:
         """Before the perturbation, while the gradients are there.
@@ -212,7 +225,7 @@ class MaskUpdates:
         """The packed masks beside the base optimizer's state of each parameter."""
         entries = dict(state_dict["state"])
         for number, param in self._by_number(state_dict):
-            words = self._masks.words(param)
+            words = self._masks.saved(param)
             if words is not None:
                 entries[number] = {**entries.get(number, {}), _MASK: words}
         return {**state_dict, "state": entries}
@@ -255,7 +268,7 @@ def check_mask(mask: Any, param: Tensor, name: str) -> Tensor:
 
 
 def check_score(score: Any, param: Tensor, name: str) -> Tensor:
-    """The score in the strides and on the device of its parameter, float32 unless it is a half type.
+    """The score in the strides and on the device of its parameter, as float32.
 
     Raises:
         ValueError: if it is not a floating-point tensor of its shape.

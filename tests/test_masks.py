@@ -958,7 +958,7 @@ def test_checkpoints_hold_packed_masks(recipe):
         words = state[number]["sam_mask"]
         assert words.dtype == torch.int64
         assert words.shape == (count_words(p.numel()),)
-        assert torch.equal(words, pack(opt.masks[p]))
+        assert torch.equal(words, pack(opt.masks[p].contiguous()))
     assert not any("sam_mask" in slots for slots in opt.base_optimizer.state.values())
     other = awkward_parameters()
     twin = make(other, RECIPES[recipe]())
@@ -1306,3 +1306,33 @@ def test_a_run_follows_the_oracle_weights_and_masks(recipe, backend):
         opt.step(backward_of(model, INPUTS[step], step))
         assert_close(params, weights.values(), 1e-11)
         assert np.array_equal(flat_mask(opt, params), mask)
+
+
+def test_masks_follow_their_weights_into_another_memory_format(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(3, 4, 3)
+    opt = SAM(model.parameters(), torch.optim.SGD, recipe="ssam_f", lr=0.1, backend="reference")
+    opt.update_masks(scores=[torch.rand_like(p) for p in model.parameters()])
+    before = opt.masks[model.weight].clone()
+    saved = opt.state_dict()
+    model.to(memory_format=torch.channels_last)
+    assert torch.equal(opt.masks[model.weight], before)
+    torch.save(saved, tmp_path / "plain")
+    torch.save(opt.state_dict(), tmp_path / "channels_last")
+    for layout in ("plain", "channels_last"):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            twin = torch.nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
+            other = SAM(twin.parameters(), torch.optim.SGD, recipe="ssam_f", lr=0.1, backend="reference")
+            other.load_state_dict(torch.load(tmp_path / layout))
+            assert torch.equal(other.masks[twin.weight], before)
+
+
+def test_names_and_parameters_that_do_not_exist_are_refused():
+    model = torch.nn.Linear(3, 2)
+    recipe = Recipe(mask=Given({"wieght": torch.ones(2, 3, dtype=torch.bool)}))
+    opt = SAM(model.named_parameters(), torch.optim.SGD, recipe=recipe, lr=0.1)
+    model(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(ValueError, match="'wieght', which is the name of no parameter"):
+        opt.first_step()
+    with pytest.raises(KeyError, match="no parameter of the optimizer"):
+        opt.masks[torch.nn.Parameter(torch.ones(2))]
