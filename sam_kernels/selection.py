@@ -2,8 +2,8 @@
 
 Scores are ranked by their bit patterns (`sam_kernels.ranks`). Counting the highest 11 bits of all ranks says
 in which of 2048 bins the last selected one lies; whatever is above is selected and whatever is below is not,
-and what is in that bin, a few percent of the elements as a rule, is collected and settled by itself. Where
-that bin is too full to collect, the next bits are counted first.
+and what is in that bin is collected and settled by itself. Where that bin is too full to collect, the next
+bits are counted first.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .tensor_groups import TensorGroup
 _LEVELS = ((20, 11), (9, 11), (0, 9))
 
 # Candidates are settled by themselves where they are at most this share of the elements, or so few. One takes
-# eight bytes, and settling it a few times as many.
-_SHARE, _FEW = 32, 4096
+# torch about a hundred times as long as an element takes to be counted, and three times eight bytes.
+_SHARE, _FEW = 512, 4096
 
 _POSITION_BITS = 43
 
