@@ -24,12 +24,13 @@ from test_passes import (
     assert_close,
     copies,
     make_group,
+    no_native,
     numbers,
     same_bits,
     scalar,
 )
 
-from sam_kernels.backends import reference
+from sam_kernels.backends import native, reference
 from sam_kernels.bitmask import count_words, pack, unpack
 from sam_kernels.ranks import Ranks
 from sam_kernels.tensor_groups import FIXED, Column
@@ -489,3 +490,46 @@ def test_a_selection_leaves_the_masks_of_the_group_in_force(side):
     )
     side.backend.perturb_(group, scalar(3.0, side.device))
     assert same_bits(choose(mask, before, group.params), before)
+
+
+@no_native
+@pytest.mark.parametrize("pattern", ["random", "scattered", "rows"])
+def test_neither_threads_nor_streaming_stores_change_a_bit(pattern):
+    """Large enough that the passes run on several threads and write past the caches."""
+    shapes = [(3, 1024, 1024), (700_001,), (65,)]
+    density = {"random": 0.5, "scattered": 0.01, "rows": 0.1}[pattern]
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, None):  # None: the same by the reference
+        group = make_group(F32, shapes, rows=[{**ROWS[0], **BASE}])
+        group.masks = make_masks(group, density, blocks=False)
+        if pattern == "rows":
+            for words in group.masks:
+                words.copy_(torch.where(torch.arange(len(words)) // 16 % 10 == 0, -1, 0))
+            group.masks[1][-1] &= (1 << 700_001 % 64) - 1
+            group.masks[2][-1] &= 1
+        slots = state_of(group, "sgd")
+        side = reference.BACKEND if count is None else native.BACKEND
+        try:
+            torch.set_num_threads(count or threads)
+            norm = side.sq_norm(group, root=2.0, masked=True)
+            side.perturb_(group, scalar(3.0))
+            moved = copies(group.params)
+            side.descend_(group, "sgd", slots)
+            ranks = Ranks(make_scores(group, "normal"))
+            counts = side.count_ranks(group, ranks, empty_masks(group), prefix=0, shift=20, bits=11)
+            marks = empty_masks(group)
+            room, found = torch.zeros(1 << 20, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+            side.mark_(
+                group, ranks, marks, threshold=0x3F800000 >> 16, shift=16,
+                positions=starts(group), candidates=room, found=found,
+            )  # fmt: skip
+        finally:
+            torch.set_num_threads(threads)
+        results.append((norm, counts, room.sort().values, found, *marks, *moved, *group.params))
+    one, two, expected = results
+    assert same_bits(one, two)
+    assert torch.allclose(one[0], expected[0], rtol=SUM[F32])
+    assert same_bits(one[1:-6], expected[1:-6])
+    for got, want in zip(one[-6:], expected[-6:], strict=True):
+        np.testing.assert_allclose(numbers(got), numbers(want), rtol=1e-5, atol=1e-6)
