@@ -21,7 +21,21 @@ namespace py = pybind11;
 namespace {
 
 // Which list of a pass a table of addresses belongs to.
-enum Slot { kParams, kGrads, kSnapshots, kList0, kList1, kList2, kOut0, kOut1, kSteps, kMasks, kWithin, kSlots };
+enum Slot {
+  kParams,
+  kGrads,
+  kSnapshots,
+  kList0,
+  kList1,
+  kList2,
+  kOut0,
+  kOut1,
+  kSteps,
+  kMasks,
+  kWithin,
+  kOffsets,
+  kSlots
+};
 
 constexpr int kMaxLists = 3;
 constexpr int kMaxOuts = 2;
@@ -174,7 +188,7 @@ class Plan {
         table.data[t] = nullptr;
         continue;
       }
-      const bool is_mask = slot == kMasks || slot == kWithin;
+      const bool is_mask = slot == kMasks || slot == kWithin || slot == kOffsets;
       const std::int64_t numel = slot == kSteps ? 1 : is_mask ? (numel_[t] + 63) / 64 : numel_[t];
       void* data = PyLong_AsVoidPtr(call(tensor, names().data_ptr).ptr());
       // A held tensor is checked again where its memory was exchanged under it.
@@ -200,7 +214,10 @@ class Plan {
   }
 
   // The words of the masks, or that no tensor has one.
-  void forget_masks() { tables_[kMasks].data.clear(); }
+  void forget_masks() {
+    tables_[kMasks].data.clear();
+    tables_[kOffsets].data.clear();
+  }
 
   std::int64_t workspace_bytes() const { return library_->plan_workspace_bytes(plan_); }
 
@@ -241,6 +258,7 @@ class Plan {
     args.grads = list(kGrads);
     args.snapshots = list(kSnapshots);
     args.masks = list(kMasks);
+    args.offsets = list(kOffsets);
     args.row = row_.data();
     args.table = at<const double>(table);
     args.shape = shape;
@@ -257,6 +275,7 @@ class Plan {
     args.params = list(kParams);
     args.snapshots = list(kSnapshots);
     args.masks = list(kMasks);
+    args.offsets = list(kOffsets);
     args.queue = queue_;
     run([&] { return library_->restore(plan_, &args); });
   }
@@ -335,6 +354,7 @@ class Plan {
     args.grads = list(kGrads);
     args.snapshots = list(kSnapshots);
     args.masks = list(kMasks);
+    args.offsets = list(kOffsets);
     args.row = row_.data();
     args.table = at<const double>(table);
     args.rule = rule;
@@ -493,6 +513,8 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Library, std::shared_ptr<Library>>(m, "Library", py::module_local())
       .def(py::init<>())
       .def(py::init(&open_library))
+      .def_property_readonly("is_cpu_engine",
+                             [](const Library& self) { return self.check_device == nullptr; })
       .def("check_device",
            [](const Library& self, int device) {
              self.require_devices();
@@ -534,7 +556,8 @@ PYBIND11_MODULE(_native, m) {
                             {"OUTS", kOut0},
                             {"STEPS", kSteps},
                             {"MASKS", kMasks},
-                            {"WITHIN", kWithin}}) {
+                            {"WITHIN", kWithin},
+                            {"OFFSETS", kOffsets}}) {
     m.attr(name) = slot;
   }
 

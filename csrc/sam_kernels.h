@@ -37,6 +37,9 @@ typedef struct samk_list {
 //
 // Where a word is 0, none of its 64 elements has a snapshot: perturb reads and writes nothing there, and who
 // reads snapshots afterwards reads the weight. In other words all 64 elements have one.
+//
+// Where a tensor has `offsets`, int64_t by word, its snapshot is compact: it holds the elements whose bit is
+// set and no others, those of word k from offsets[k] on.
 
 // note: [table of scalars]
 // Hyperparameters live in rows of doubles on the device of the tensors; row[t] names the row of
@@ -124,7 +127,8 @@ SAMK_API int samk_sq_norm(const samk_plan*, const samk_sq_norm_args*);
 // and no snapshot is written or needed.
 typedef struct samk_perturb_args {
   samk_list params, grads, snapshots, masters;
-  samk_list masks;  // note: [masks]; elements whose bit is clear keep their bits
+  samk_list masks;    // note: [masks]; elements whose bit is clear keep their bits
+  samk_list offsets;  // absent, or those of compact snapshots
   const int32_t* row;
   const double* table;
   int32_t shape;  // enum samk_shape
@@ -139,7 +143,7 @@ SAMK_API int samk_perturb(const samk_plan*, const samk_perturb_args*);
 // w = snapshot, where there is one.
 typedef struct samk_restore_args {
   samk_list params, snapshots;
-  samk_list masks;  // those of the perturbation
+  samk_list masks, offsets;  // those of the perturbation
   samk_queue queue;
 } samk_restore_args;
 SAMK_API int samk_restore(const samk_plan*, const samk_restore_args*);
@@ -173,10 +177,10 @@ SAMK_API int samk_combine(const samk_plan*, const samk_combine_args*);
 // included. Where a tensor has a master, that is what is read and updated, and w its rounded copy.
 typedef struct samk_descend_args {
   samk_list params, grads, snapshots, masters;
-  samk_list masks;       // those of the perturbation
-  samk_list state[2];    // SGD: momentum_buffer. Adam: exp_avg, exp_avg_sq.
-  float* const* step;    // Adam: torch's 0-d float32 step counters, advanced here; NULL for SGD
-  const uint8_t* fresh;  // SGD: 1 where momentum_buffer[t] was just created and takes the gradient
+  samk_list masks, offsets;  // those of the perturbation
+  samk_list state[2];        // SGD: momentum_buffer. Adam: exp_avg, exp_avg_sq.
+  float* const* step;        // Adam: torch's 0-d float32 step counters, advanced here; NULL for SGD
+  const uint8_t* fresh;      // SGD: 1 where momentum_buffer[t] was just created and takes the gradient
   const int32_t* row;
   const double* table;
   int32_t rule;            // enum samk_rule

@@ -69,6 +69,16 @@ def unpack(words: Tensor, like: Tensor) -> Tensor:
     return mask
 
 
+def relay(words: Tensor, shape: torch.Size, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
+    """The words of the same mask for other strides of its parameter."""
+    if old == new:
+        return words
+    before, after = (
+        torch.empty_strided(shape, strides, dtype=torch.bool, device=words.device) for strides in (old, new)
+    )
+    return pack(after.copy_(unpack(words, before)))
+
+
 def flatten(tensor: Tensor) -> Tensor:
     """The elements in the order of memory; a view where they fill one block, a copy elsewhere."""
     if not is_dense(tensor):

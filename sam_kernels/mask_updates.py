@@ -87,11 +87,12 @@ class MaskUpdates:
             scores: tensors of the parameters' shapes, larger for weights to be perturbed, compared by size: a
                 dict by name or parameter, a list in the order of the parameters, or a function of the
                 parameter.
-            masks: bool tensors, likewise; None makes a parameter dense.
+            masks: bool tensors, likewise; None makes a parameter dense. Recipes that make their own masks
+                replace a None in the next step.
 
         Raises:
             TypeError: if the recipe has no such masks, or not exactly one source is given.
-            ValueError: if scores or masks do not fit the parameters, or there was no batch.
+            ValueError: if scores or masks do not fit the parameters, or there was no batch or sample.
             RuntimeError: between the two halves of a step.
 
         Example:
@@ -113,6 +114,10 @@ class MaskUpdates:
             raise TypeError("update_masks(): batches and loss_fn belong together; give both")
         if sum(source is not None for source in (batches, scores, masks)) != 1:
             raise TypeError("update_masks(): expected one of batches with loss_fn, scores, or masks")
+        if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 1):
+            raise ValueError(
+                f"update_masks(): samples is {samples!r}; expected a whole number of at least 1, or None"
+            )
         served = self._groups()
         if masks is not None:
             given = self._by_parameter(masks, "masks", check_mask)
@@ -144,15 +149,16 @@ class MaskUpdates:
         params = [p for group in self.param_groups for p in group["params"]]
         member_of = member_lookup(self.param_groups, self.model)
         names = {p: member_of(p).name for p in params}
+        shown = {p: names[p] or f"parameter {number}" for number, p in enumerate(params)}
         if callable(source):
             found = {p: source(p) for p in params}
         elif isinstance(source, Mapping):
             known = set(params) | {name for name in names.values() if name is not None}
             for key in source:
                 if key not in known:
-                    shown = repr(key) if isinstance(key, str) else f"a {type(key).__name__}"
+                    stray = repr(key) if isinstance(key, str) else f"a {type(key).__name__}"
                     raise ValueError(
-                        f"update_masks(): {what} has an entry for {shown}, which is no parameter of this "
+                        f"update_masks(): {what} has an entry for {stray}, which is no parameter of this "
                         "optimizer. Names need model= or model.named_parameters()"
                     )
             found = {p: source[p] if p in source else source[names[p]]
@@ -165,10 +171,7 @@ class MaskUpdates:
                     "every parameter"
                 )
             found = dict(zip(params, entries, strict=True))
-        return {
-            p: None if x is None else check(x, p, names[p] or f"parameter {params.index(p)}")
-            for p, x in found.items()
-        }
+        return {p: None if x is None else check(x, p, shown[p]) for p, x in found.items()}
 
     # ---- in a step -----------------------------------------------------------------------------
 
@@ -179,12 +182,24 @@ class MaskUpdates:
             self._masks.begin(served, policy, self._numbers())
         elif isinstance(policy, Given):
             member_of = member_lookup(self.param_groups, self.model)
+            self._check_names(policy, member_of)
             params = [p for group, _ in served for p in group.params]
             if not policy.is_due(self.param_groups[0]["sam_step"]):
                 params = [p for p in params if p not in self._given and self._masks.words(p) is None]
             if params:
                 self._masks.give({p: ask(policy, p, member_of(p)) for p in params})
                 self._given |= set(params)
+
+    def _check_names(self, policy: Given, member_of: Callable[[Tensor], Member]) -> None:
+        if self._given or not isinstance(policy.masks, Mapping):
+            return
+        known = {member_of(p).name for group in self.param_groups for p in group["params"]}
+        unknown = [name for name in policy.masks if name not in known]
+        if unknown:
+            raise ValueError(
+                f"Given: masks has an entry for {unknown[0]!r}, which is the name of no parameter of this "
+                "optimizer"
+            )
 
     def _evolve_masks(self, served: Served) -> None:
         """Before the perturbation, while the gradients are there.
@@ -193,6 +208,8 @@ class MaskUpdates:
         """
         policy, step = self.recipe.mask, self.param_groups[0]["sam_step"]
         if not (isinstance(policy, Dynamic) and policy.is_due(step)):
+            return
+        if all(g is None for group, _ in served for g in group.grads):
             return
         # The host waits here for the device, as a selection does anyway.
         if self._measure is not None and bool(torch.isfinite(self._measure.norm)):
@@ -208,7 +225,7 @@ class MaskUpdates:
         """The packed masks beside the base optimizer's state of each parameter."""
         entries = dict(state_dict["state"])
         for number, param in self._by_number(state_dict):
-            words = self._masks.words(param)
+            words = self._masks.saved(param)
             if words is not None:
                 entries[number] = {**entries.get(number, {}), _MASK: words}
         return {**state_dict, "state": entries}
@@ -251,7 +268,7 @@ def check_mask(mask: Any, param: Tensor, name: str) -> Tensor:
 
 
 def check_score(score: Any, param: Tensor, name: str) -> Tensor:
-    """The score in the strides and on the device of its parameter, float32 unless it is a half type.
+    """The score in the strides and on the device of its parameter, as float32.
 
     Raises:
         ValueError: if it is not a floating-point tensor of its shape.
@@ -282,7 +299,9 @@ def accumulate(
     scores = [
         [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in g.params] for g, _ in served
     ]
-    held = [(p, p.grad) for group, _ in served for p in group.params]
+    served_params = [p for group, _ in served for p in group.params]
+    reached = served_params if model is None else dict.fromkeys([*served_params, *model.parameters()])
+    held = [(p, p.grad) for p in reached]
     taken = 0
     try:
         with nullcontext() if model is None else frozen(model):
@@ -314,12 +333,13 @@ def _backward(
     """One turn for every gradient of the batch: one, or one for each loss of a vector."""
     with torch.enable_grad():
         loss = loss_fn(batch)
-    if not isinstance(loss, Tensor) or loss.dim() > 1:
-        raise ValueError(
-            f"update_masks(): loss_fn returned {tuple(loss.shape) if isinstance(loss, Tensor) else loss!r}; "
-            "expected one loss, or a vector with the loss of every sample"
-        )
-    losses = loss.unbind() if loss.dim() else (loss,)
+        if not isinstance(loss, Tensor) or loss.dim() > 1:
+            found = tuple(loss.shape) if isinstance(loss, Tensor) else repr(loss)
+            raise ValueError(
+                f"update_masks(): loss_fn returned {found}; expected one loss, or a vector with the loss of "
+                "every sample"
+            )
+        losses = loss.unbind() if loss.dim() else (loss,)
     if samples is not None:
         losses = losses[: samples - taken]
     for i, one in enumerate(losses):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bitmask import count_bits, count_words, pack, unpack
+from .bitmask import count_bits, count_words, pack, relay, unpack
 from .perturbation import Served
 from .policies import Dynamic, TopScores
 from .ranks import Ranks
@@ -45,16 +45,23 @@ class Masks:
 
     def __init__(self) -> None:
         self._words: dict[Tensor, Tensor] = {}
+        self._strides: dict[Tensor, tuple[int, ...]] = {}  # of the parameters, for which the words are
         self._places: list[tuple[TensorGroup, Block]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # The blocks are made anew with the tensor groups, which no copy takes along.
-        return {"_words": self._words, "_places": []}
+        return {"_words": self._words, "_strides": self._strides, "_places": []}
 
     # ---- reading -------------------------------------------------------------------------------
 
     def __getitem__(self, param: Tensor) -> Tensor:
-        """The mask of a parameter as a bool tensor of its shape; all True where it is dense."""
+        """The mask of a parameter as a bool tensor of its shape; all True where it is dense.
+
+        Raises:
+            KeyError: if the optimizer has no such parameter.
+        """
+        if all(p is not param for group, _ in self._places for p in group.params):
+            raise KeyError("masks: this is no parameter of the optimizer")
         words = self._words.get(param)
         if words is not None:
             return unpack(words, param)
@@ -127,16 +134,25 @@ class Masks:
                         f"a parameter of shape {tuple(param.shape)} has a mask for another number of "
                         "elements; update the masks after parameters change their size"
                     )
-                kept[param] = view.copy_(words)
+                kept[param] = view.copy_(relay(words, param.shape, self._strides[param], param.stride()))
             self._places.append((group, block))
         self._words = kept
+        self._strides = {param: param.stride() for param in kept}
         self._tell()
 
-    def load(self, words: dict[Tensor, Tensor]) -> None:
-        """Take masks from a checkpoint in place of those there are; `attach` comes next.
+    def saved(self, param: Tensor) -> Tensor | None:
+        """The words as checkpoints hold them: for a contiguous parameter; None where it is dense."""
+        words = self._words.get(param)
+        if words is None:
+            return None
+        return relay(words, param.shape, self._strides[param], _contiguous(param))
+
+    @staticmethod
+    def check(words: dict[Tensor, Tensor]) -> None:
+        """Raise a sentence unless the masks of a checkpoint fit their parameters.
 
         Raises:
-            ValueError: if one does not fit its parameter.
+            ValueError: if one does not.
         """
         for param, mask in words.items():
             expected = (count_words(param.numel()),)
@@ -144,9 +160,14 @@ class Masks:
                 found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
                 raise ValueError(
                     f"the mask of a parameter of shape {tuple(param.shape)} is {found}; expected torch.int64 "
-                    f"{expected}. The state that was loaded belongs to another model"
+                    f"{expected}. The state that was loaded belongs to another model, or has been through an "
+                    "optimizer that casts what it does not know"
                 )
+
+    def load(self, words: dict[Tensor, Tensor]) -> None:
+        """Take masks from a checkpoint, which fit, in place of those there are; `attach` comes next."""
         self._words = dict(words)
+        self._strides = {param: _contiguous(param) for param in words}
 
     def _tell(self) -> None:
         for group, block in self._places:
@@ -154,7 +175,7 @@ class Masks:
                 view if param in self._words else None
                 for param, view in zip(group.params, block.views, strict=True)
             ]
-            group.masks = None if all(words is None for words in masks) else masks
+            group.set_masks(masks)
 
     def _adopt(self, params: Iterable[Tensor]) -> None:
         """The blocks now hold masks of these parameters."""
@@ -162,6 +183,7 @@ class Masks:
         for group, block in self._places:
             pairs = zip(group.params, block.views, strict=True)
             self._words |= {param: view for param, view in pairs if param in chosen}
+        self._strides |= {param: param.stride() for param in chosen}
         self._tell()
 
     # ---- updates -------------------------------------------------------------------------------
@@ -259,6 +281,11 @@ class Masks:
         """Put what `evolve` has made in force; the words keep their addresses."""
         for (_, block), new in zip(self._places, blocks, strict=True):
             block.words.copy_(new.words)
+        self._tell()
+
+
+def _contiguous(param: Tensor) -> tuple[int, ...]:
+    return torch.empty(param.shape, device="meta").stride()
 
 
 def _participants(group: TensorGroup) -> Iterable[tuple[Tensor, bool]]:

@@ -19,8 +19,12 @@ from torch import Tensor
 
 from .backends import Backend, Report, check_wish, resolve
 from .backends.reference import take_root as take_root
-from .bitmask import is_dense
+from .bitmask import count_words, is_dense
+from .ranks import Ranks
+from .selection import Block, Part, select
 from .tensor_groups import ADAPTIVE, EUCLIDEAN, TensorGroup, is_capturing
+
+Masks = Sequence[Tensor | None] | None
 
 
 def sq_norm(
@@ -29,6 +33,7 @@ def sq_norm(
     *,
     adaptive: bool = False,
     eta: float = 0.0,
+    masks: Masks = None,
     backend: str = "auto",
 ) -> Tensor:
     """Sum of squares ``sum (T g)^2`` over a list, deterministic; ``T = |w| + eta`` if adaptive, else 1.
@@ -37,6 +42,8 @@ def sq_norm(
         grads: gradients of one device and dtype.
         params: the weights, needed only if adaptive.
         adaptive, eta: the metric.
+        masks: words of `sam_kernels.bitmask.pack`, None where a tensor is dense; only selected elements
+            count.
         backend: "auto" or a backend's name.
 
     Returns:
@@ -54,7 +61,8 @@ def sq_norm(
         raise ValueError("sq_norm: adaptive=True needs params, whose sizes T = |w| + eta takes")
     group = _group("sq_norm", weights, {"grads": grads}, adaptive=adaptive, eta=eta)
     group.grads = list(grads)
-    return resolve(group, backend)[0].sq_norm(group)
+    group.masks = _masks("sq_norm", masks, group)
+    return resolve(group, backend)[0].sq_norm(group, masked=masks is not None)
 
 
 def perturb_(
@@ -67,6 +75,7 @@ def perturb_(
     eps: float = 1e-12,
     adaptive: bool = False,
     eta: float = 0.0,
+    masks: Masks = None,
     backend: str = "auto",
 ) -> None:
     """``snapshot = w; w += rho / (norm + eps) * T^2 g``, one read and one write of each list.
@@ -78,6 +87,8 @@ def perturb_(
         norm: 0-d float64, e.g. ``sq_norm(...).sqrt()``; if it is not finite the weights keep their bits.
         rho, eps: radius and the number added to the norm.
         adaptive, eta: the metric.
+        masks: words of `sam_kernels.bitmask.pack`, None where a tensor is dense: elements that are not
+            selected keep their bits. Where 64 of them share a word that is 0, their snapshot is not written.
         backend: "auto" or a backend's name.
 
     Raises:
@@ -99,15 +110,19 @@ def perturb_(
         eps=eps,
     )
     group.grads, group.snapshots = list(grads), list(snapshots)
+    group.masks = _masks("perturb_", masks, group)
     resolve(group, backend)[0].perturb_(group, _scalar("perturb_", "norm", norm, group))
 
 
-def restore_(params: Sequence[Tensor], snapshots: Sequence[Tensor], *, backend: str = "auto") -> None:
+def restore_(
+    params: Sequence[Tensor], snapshots: Sequence[Tensor], *, masks: Masks = None, backend: str = "auto"
+) -> None:
     """``w = snapshot``, bit for bit.
 
     Args:
         params: weights, written.
         snapshots: what `perturb_` wrote.
+        masks: those of `perturb_`.
         backend: "auto" or a backend's name.
 
     Raises:
@@ -121,6 +136,7 @@ def restore_(params: Sequence[Tensor], snapshots: Sequence[Tensor], *, backend: 
     """
     group = _group("restore_", params, {"snapshots": snapshots}, reads_table=False)
     group.snapshots = list(snapshots)
+    group.masks = _masks("restore_", masks, group)
     resolve(group, backend)[0].restore_(group)
 
 
@@ -199,6 +215,7 @@ def descend_sgd_(
     weight_decay: float = 0.0,
     nesterov: bool = False,
     maximize: bool = False,
+    masks: Masks = None,
     backend: str = "auto",
 ) -> None:
     """`torch.optim.SGD`'s update that reads the snapshot in place of the weight and writes it once.
@@ -209,6 +226,7 @@ def descend_sgd_(
         snapshots: what `perturb_` wrote, or an empty list to read the weights themselves.
         momentum_buffers: written; an empty list if momentum is 0.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`.
+        masks: those of `perturb_`.
         backend: "auto" or a backend's name.
 
     Raises:
@@ -230,6 +248,7 @@ def descend_sgd_(
     count = len(group.params)
     group.grads = list(grads)
     group.snapshots = list(snapshots) or _missing(count)
+    group.masks = _masks("descend_sgd_", masks, group)
     slots = {"momentum_buffer": list(momentum_buffers) or _missing(count), "fresh": []}
     resolve(group, backend)[0].descend_(group, "sgd", slots)
 
@@ -249,6 +268,7 @@ def descend_adam_(
     weight_decay: float = 0.0,
     decoupled: bool = False,
     maximize: bool = False,
+    masks: Masks = None,
     backend: str = "auto",
 ) -> None:
     """`torch.optim.Adam`'s (decoupled: AdamW's) update from the snapshot, moments and steps included.
@@ -261,6 +281,7 @@ def descend_adam_(
         steps: 0-d float32 counters, advanced by one.
         lr, beta1, beta2, eps, weight_decay, maximize: as in `torch.optim.Adam`.
         decoupled: True for AdamW's weight decay.
+        masks: those of `perturb_`.
         backend: "auto" or a backend's name.
 
     Raises:
@@ -287,6 +308,7 @@ def descend_adam_(
             raise ValueError(f"descend_adam_: {name} has {length} tensors; expected {len(group.params)}")
     group.grads = list(grads)
     group.snapshots = list(snapshots) or _missing(len(group.params))
+    group.masks = _masks("descend_adam_", masks, group)
     slots = {"exp_avg": list(exp_avgs), "exp_avg_sq": list(exp_avg_sqs), "step": list(steps)}
     chosen = resolve(group, backend)[0]
     counts_on_device = getattr(chosen, "counts_on_device", lambda group: False)(group)
@@ -345,6 +367,54 @@ def _group(
     return group
 
 
+def top_masks(
+    scores: Sequence[Tensor], keep: int, *, exact: bool = False, backend: str = "auto"
+) -> list[Tensor]:
+    """The masks of the `keep` largest of all scores of a list together, by size; exact, without sorting.
+
+    Every score as large as the smallest one kept is kept too, so ties may make the masks larger. Scores are
+    compared as float32, and NaN is larger than infinity.
+
+    Args:
+        scores: floating-point tensors of one device and dtype.
+        keep: how many.
+        exact: keep no more; of equal scores those that come first in the list and in memory.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        int64 words by tensor, see `sam_kernels.bitmask`.
+
+    Raises:
+        ValueError: if the list is empty or its tensors differ in device or dtype.
+
+    Example:
+        >>> from sam_kernels.bitmask import unpack
+        >>> scores = [torch.tensor([0.1, 0.4]), torch.tensor([0.3])]
+        >>> [unpack(words, score) for words, score in zip(top_masks(scores, 2), scores)]
+        [tensor([False,  True]), tensor([True])]
+    """
+    group = _group("top_masks", scores, {}, reads_table=False)
+    block = Block([x.numel() for x in scores], group.device)
+    chosen = resolve(group, backend)[0]
+    select([Part(group, chosen, Ranks(list(scores)), block, [True] * len(block.views))], keep, exact=exact)
+    return block.views
+
+
+def _masks(owner: str, masks: Masks, group: TensorGroup) -> list[Tensor | None] | None:
+    if masks is None:
+        return None
+    if len(masks) != len(group.params):
+        raise ValueError(f"{owner}: masks has {len(masks)} entries; expected {len(group.params)}")
+    for t, (words, param) in enumerate(zip(masks, group.params, strict=True)):
+        expected = (torch.int64, (count_words(param.numel()),), param.device)
+        if words is not None and (words.dtype, tuple(words.shape), words.device) != expected:
+            raise ValueError(
+                f"{owner}: masks[{t}] is {words.dtype} {tuple(words.shape)} on {words.device}; expected "
+                f"{expected[0]} {expected[1]} on {expected[2]}, as sam_kernels.bitmask.pack makes it"
+            )
+    return list(masks)
+
+
 def _missing(count: int) -> list[Tensor | None]:
     return [None] * count
 
@@ -377,6 +447,7 @@ __all__ = [
     "resolve",
     "restore_",
     "sq_norm",
+    "top_masks",
 ]
 
 _library = torch.library.Library("sam_kernels", "DEF")

@@ -509,8 +509,9 @@ class SAM(MaskUpdates, Optimizer):
         guard = self._measure.norm if is_pending and self._measure is not None else None
         try:
             self._revalidate()
+            is_lost = is_pending and self._had_gradients and not self._has_gradients()
             # Cleared twice means that a second backward was given up on purpose.
-            if is_pending and self._had_gradients and self._clearings < 2 and not self._has_gradients():
+            if is_lost and self._clearings < 2:
                 raise RuntimeError(
                     "step(): no parameter has a gradient, though there were some in the first pass. The "
                     "weights are restored and nothing was updated; call backward() again between "
@@ -529,9 +530,9 @@ class SAM(MaskUpdates, Optimizer):
             raise
         self._phase = _IDLE
         self._measure = None
-        if self._next_masks is not None:
+        if self._next_masks is not None and not is_lost:
             self._masks.take(self._next_masks)
-            self._next_masks = None
+        self._next_masks = None
         for group in self.param_groups:
             group["sam_step"] += 1
 
@@ -703,6 +704,7 @@ class SAM(MaskUpdates, Optimizer):
         ]
         own_rho = set(self._own_rho)
         state_dict, words = self._without_masks(state_dict)
+        self._masks.check(words)
         self.base_optimizer.load_state_dict(state_dict)
         self._masks.load(words)
         for index, (group, ours) in enumerate(zip(self.param_groups, kept, strict=True)):

@@ -230,14 +230,15 @@ def ssam_f(
     scope: Literal["global", "tensor"] = "global",
     norm: Literal["full", "masked"] = "full",
     exact: bool = False,
+    compact: bool = False,
     official_quirks: bool = False,
 ) -> Recipe:
     """SSAM-F, sparse SAM by Fisher information: only the weights with the largest ``F`` are perturbed.
 
     ``e = mask * rho g / ||g||`` with the norm of the whole gradient, so that ``||e|| <= rho``, and ``mask``
-    the ``(1 - sparsity) N`` largest of ``F = sum_i (d loss_i / d w)^2`` over all tensors. The optimizer owns no
-    data: call ``opt.update_masks(loader, loss_fn)`` when ``opt.masks_are_due``. Before the first update every
-    weight is perturbed.
+    the ``(1 - sparsity) N`` largest of ``F = sum_i (d loss_i / d w)^2`` over all tensors. The optimizer owns
+    no data: call ``opt.update_masks(loader, loss_fn)`` when ``opt.masks_are_due``. Before the first update
+    every weight is perturbed.
 
     Args:
         rho: radius (default 0.05).
@@ -251,6 +252,7 @@ def ssam_f(
         scope: "global", or "tensor" to select the same share of every tensor.
         norm: "full" as published, or "masked" for the norm of the perturbed weights alone.
         exact: of equal scores at the threshold keep those that come first, in place of all.
+        compact: keep snapshots of the perturbed weights alone, which saves memory.
         official_quirks: keep ``int(N (1 - sparsity))`` weights, which truncates; ours rounds.
 
     Raises:
@@ -275,6 +277,7 @@ def ssam_f(
         scope=scope,
         norm=norm,
         exact=exact,
+        compact=compact,
         official_quirks=official_quirks,
     )
     return Recipe(mask=mask, rho=rho, eps=1e-7)
@@ -292,6 +295,7 @@ def ssam_d(
     t_end: int | None = None,
     norm: Literal["full", "masked"] = "full",
     seed: int = 0,
+    compact: bool = False,
     official_quirks: bool = False,
 ) -> Recipe:
     """SSAM-D, sparse SAM with a dynamic mask: drops the flattest of its weights and grows as many others.
@@ -312,6 +316,7 @@ def ssam_d(
             drop_rate.
         norm: "full" as published, or "masked" for the norm of the perturbed weights alone.
         seed: of the random choices, which depend on seed, step, parameter and element alone.
+        compact: keep snapshots of the perturbed weights alone, which saves memory.
         official_quirks: count as the authors' code does, whose mask loses a weight to truncation, and many
             where ``sparsity < drop_rate (1 - sparsity)``; ours keeps its size.
 
@@ -335,6 +340,7 @@ def ssam_d(
         t_end=t_end,
         norm=norm,
         seed=seed,
+        compact=compact,
         official_quirks=official_quirks,
     )
     return Recipe(mask=mask, rho=rho, eps=1e-7)

@@ -2,8 +2,8 @@
 
 Scores are ranked by their bit patterns (`sam_kernels.ranks`). Counting the highest 11 bits of all ranks says
 in which of 2048 bins the last selected one lies; whatever is above is selected and whatever is below is not,
-and what is in that bin, a few percent of the elements as a rule, is collected and settled by itself. Where
-that bin is too full to collect, the next bits are counted first.
+and what is in that bin is collected and settled by itself. Where that bin is too full to collect, the next
+bits are counted first.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .tensor_groups import TensorGroup
 _LEVELS = ((20, 11), (9, 11), (0, 9))
 
 # Candidates are settled by themselves where they are at most this share of the elements, or so few. One takes
-# eight bytes, and settling it a few times as many.
-_SHARE, _FEW = 32, 4096
+# torch about a hundred times as long as an element takes to be counted, and three times eight bytes.
+_SHARE, _FEW = 512, 4096
 
 _POSITION_BITS = 43
 
@@ -188,7 +188,7 @@ def select_groups(scores: Tensor, n: int, m: int) -> Tensor:
     for begin in range(0, len(scores), rows):
         piece = rank_scores(scores[begin : begin + rows]).movedim(1, -1)
         ranks = piece.reshape(-1, m)
-        better = torch.zeros_like(ranks, dtype=torch.uint8)
+        better = torch.zeros_like(ranks, dtype=torch.uint8 if m <= 256 else torch.int32)
         for i in range(m):
             other = ranks[:, i : i + 1]
             better += other > ranks
@@ -207,6 +207,8 @@ def select_channels(scores: list[Tensor], keep: int) -> list[Tensor]:
         scores: tensors with elements.
         keep: how many elements.
     """
+    if not scores:
+        return []
     rows = [score.reshape(len(score) if score.dim() else 1, -1) for score in scores]
     device = rows[0].device
     means = torch.cat([row.float().abs().mean(1).to(device) for row in rows])

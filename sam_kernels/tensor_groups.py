@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bitmask import is_dense, unpack
+from .bitmask import count_bits, flatten, is_dense, unpack
 from .policies import Adaptive, Member, Metric
 from .recipe import Recipe
 
@@ -71,6 +71,7 @@ class TensorGroup:
         keys: per row, ``(index of the param group, metric code, eta)``.
         applies: per tensor, whether the metric's T differs from 1 (layer-wise metrics read it).
         dense: whether every parameter fills its memory block (see `is_dense`).
+        compact: whether snapshots under a mask hold the selected elements alone.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class TensorGroup:
         keys: list[tuple[int, int, float]],
         applies: list[bool] | None = None,
         dense: bool = True,
+        compact: bool = False,
     ) -> None:
         self.params = params
         self.row = row
@@ -91,6 +93,8 @@ class TensorGroup:
         self.grads: list[Tensor | None] = [None] * len(params)
         self.snapshots: list[Tensor | None] = [None] * len(params)
         self.masks: list[Tensor | None] | None = None  # words of bits, see `sam_kernels.bitmask`
+        self.compact = compact
+        self.offsets: list[Tensor | None] | None = None  # by word, its place in a compact snapshot
         self.cache: dict[str, Any] = {}
         self.is_perturbed = False
         self.has_all_grads = False
@@ -217,7 +221,17 @@ class TensorGroup:
         """Let go of the gradients: held on to, they would outlive `zero_grad` and the next backward."""
         self.grads = [None] * len(self.params)
 
-    # ---- snapshots -----------------------------------------------------------------------------
+    # ---- masks and snapshots -------------------------------------------------------------------
+
+    def set_masks(self, masks: list[Tensor | None] | None) -> None:
+        """Which elements are perturbed from now on. For compact snapshots the host waits for counts."""
+        self.masks = None if masks is None or all(words is None for words in masks) else masks
+        if not self.compact:
+            return
+        self._buffers = [None] * len(self.params)
+        self.standing_snapshots = self.offsets = None
+        if self.masks is not None:
+            self.offsets = [None if words is None else _offsets(words) for words in self.masks]
 
     def take_snapshots(self) -> None:
         """Hand a buffer to every tensor that is about to be perturbed, and None to the others.
@@ -253,6 +267,9 @@ class TensorGroup:
         for t, (param, snapshot) in enumerate(zip(self.params, self.snapshots, strict=True)):
             if snapshot is None or not self.fits(t):
                 continue
+            if self.offsets is not None and self.offsets[t] is not None:
+                put_back(param, unpack(self.masks[t], param), snapshot)  # type: ignore[index, arg-type]
+                continue
             saved = snapshot.view_as(param) if snapshot.shape != param.shape else snapshot
             words = None if self.masks is None else self.masks[t]
             if words is not None:  # of weights that were not perturbed there may be no snapshot
@@ -262,12 +279,18 @@ class TensorGroup:
     def fits(self, t: int) -> bool:
         """Whether the snapshot of tensor t, if there is one, still fits its parameter."""
         param, snapshot = self.params[t], self.snapshots[t]
+        if self.offsets is not None and self.offsets[t] is not None:
+            return param.numel() == self._sizes[t]
         if snapshot is None or snapshot.shape == param.shape:
             return True
         return snapshot.numel() == param.numel() and snapshot.is_contiguous() and param.is_contiguous()
 
     def _allocate(self, indices: list[int]) -> None:
         """One block for all new buffers: thousands of small allocations would cost more than the pass."""
+        compact = [t for t in indices if self.offsets is not None and self.offsets[t] is not None]
+        if compact:
+            self._allocate_compact(compact)
+            indices = [t for t in indices if self._buffers[t] is None]
         if not self.dense:
             for t in indices:
                 self._buffers[t] = torch.empty_like(self.params[t], requires_grad=False)
@@ -282,8 +305,29 @@ class TensorGroup:
             p = self.params[t]
             self._buffers[t] = block.as_strided(p.size(), p.stride(), offset)
 
+    def _allocate_compact(self, indices: list[int]) -> None:
+        counts = torch.stack([count_bits(self.masks[t]).sum() for t in indices]).tolist()  # type: ignore[index, arg-type]
+        block = torch.empty(sum(counts), dtype=self.dtype, device=self.device)
+        for t, buffer in zip(indices, block.split(counts), strict=True):
+            self._buffers[t] = buffer
+
 
 _NONE = id(None)
+
+
+def _offsets(words: Tensor) -> Tensor:
+    """Per word, how many elements before it are selected."""
+    counts = count_bits(words)
+    return counts.cumsum(0) - counts
+
+
+def put_back(tensor: Tensor, mask: Tensor, values: Tensor) -> None:
+    """``tensor[mask] = values`` in the order of memory, with conversion to the tensor's dtype and device."""
+    values = values.to(tensor.device, tensor.dtype)
+    if is_dense(tensor):
+        flatten(tensor).masked_scatter_(flatten(mask).to(tensor.device), values)
+    else:
+        tensor.masked_scatter_(mask.to(tensor.device), values)
 
 
 def has_none(items: list[Any]) -> bool:
@@ -355,7 +399,7 @@ def collect(
             applies.append(recipe.metric.applies_to(member))
     _check_overlaps(places)
     return [
-        TensorGroup(params, row, keys, applies, dense)
+        TensorGroup(params, row, keys, applies, dense, compact=getattr(recipe.mask, "compact", False))
         for (_, _, dense), (params, row, keys, applies) in lists.items()
     ]
 

@@ -46,6 +46,7 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     """(name, call of a pass) for every variant, or for those whose code differs most."""
     import torch
 
+    from sam_kernels.ranks import Ranks
     from sam_kernels.tensor_groups import ADAPTIVE, EUCLIDEAN, Column, TensorGroup
 
     one = torch.ones((), dtype=torch.float64)
@@ -55,19 +56,26 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     def tensors() -> list[Any]:
         return [torch.ones(size, dtype=getattr(torch, dtype)) for size in (5000, 3)]
 
-    def group(metric: int = EUCLIDEAN, momentum: float = 0.0) -> TensorGroup:
+    def words() -> list[Any]:
+        return [torch.ones(79, dtype=torch.int64), torch.ones(1, dtype=torch.int64)]
+
+    def group(metric: int = EUCLIDEAN, momentum: float = 0.0, masks: bool = False) -> TensorGroup:
         made = TensorGroup(tensors(), [0, 0], [(0, metric, 0.01)])
         row = [0.5] * len(Column)
         row[Column.MOMENTUM] = momentum
         made.rows = [tuple(row)]
         made.grads, made.snapshots = tensors(), tensors()
+        made.masks = words() if masks else None
         return made
 
-    def sq_norm(metric: int, **arguments: Any):
-        return lambda backend: backend.sq_norm(group(metric), **arguments)
+    def sq_norm(metric: int, masked: bool = False, **arguments: Any):
+        return lambda backend: backend.sq_norm(group(metric, masks=masked), masked=masked, **arguments)
 
-    def perturb(metric: int, **arguments: Any):
-        return lambda backend: backend.perturb_(group(metric), one, **arguments)
+    def perturb(metric: int, masks: bool = False, **arguments: Any):
+        return lambda backend: backend.perturb_(group(metric, masks=masks), one, **arguments)
+
+    def restore(masks: bool = False):
+        return lambda backend: backend.restore_(group(masks=masks))
 
     def grad_stats(count: int):
         return lambda backend: backend.grad_stats(group(), [tensors() for _ in range(count)])
@@ -76,16 +84,31 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
         lists, coefficients = [tensors() for _ in range(ins + outs)], torch.ones(outs, ins)
         return lambda backend: backend.combine_(group(), lists[:outs], lists[outs:], coefficients)
 
-    def sgd(momentum: float = 0.0, **checks: Any):
-        buffers = tensors() if momentum else [None, None]
-        return lambda backend: backend.descend_(
-            group(momentum=momentum), "sgd", {"momentum_buffer": buffers}, **checks
-        )
+    def sgd(momentum: float = 0.0, masks: bool = False, **checks: Any):
+        slots = {"momentum_buffer": tensors() if momentum else [None, None]}
+        made = group(momentum=momentum, masks=masks)
+        return lambda backend: backend.descend_(made, "sgd", slots, **checks)
 
-    def adam(**checks: Any):
+    def adam(masks: bool = False, **checks: Any):
         steps = [torch.zeros(()), torch.zeros(())]
         slots = {"exp_avg": tensors(), "exp_avg_sq": tensors(), "step": steps}
-        return lambda backend: backend.descend_(group(), "adam", slots, **checks)
+        return lambda backend: backend.descend_(group(masks=masks), "adam", slots, **checks)
+
+    def accumulate():
+        scores = [torch.zeros(size) for size in (5000, 3)]
+        return lambda backend: backend.accumulate_squares_(group(), scores)
+
+    def ranks(is_random: bool, **within: Any) -> Ranks:
+        return Ranks(numbers=[0, 1], **within) if is_random else Ranks(tensors(), **within)
+
+    def count_ranks(is_random: bool = False, **within: Any):
+        made = ranks(is_random, **within)
+        return lambda backend: backend.count_ranks(group(), made, words(), prefix=0, shift=20, bits=11)
+
+    def mark(is_random: bool = False, add: bool = False, collects: bool = True, **within: Any):
+        made, room = ranks(is_random, **within), torch.zeros(9, dtype=torch.int64)
+        wanted = {"positions": [0, 5056], "candidates": room, "found": room} if collects else {}
+        return lambda backend: backend.mark_(group(), made, words(), threshold=5, shift=20, add=add, **wanted)
 
     power = {"moment": "power", "q": 1.5, "root": 1.5, "peak": one}
     powered = {"shape": "powered", "q": 3.0, "peak": one}
@@ -95,12 +118,23 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     yield "sq_norm power adaptive", sq_norm(ADAPTIVE, **power)
     yield "perturb linear", perturb(EUCLIDEAN, tensor_scale=by_tensor)
     yield "perturb powered adaptive", perturb(ADAPTIVE, **powered)
-    yield "restore", lambda backend: backend.restore_(group())
+    yield "restore", restore()
     yield "grad_stats 3", grad_stats(3)
     yield "combine 3 to 2", combine(3, 2)
     yield "descend sgd", sgd()
     yield "descend sgd momentum", sgd(0.9, guard=one, **amp)
     yield "descend adam", adam(guard=one)
+    yield "sq_norm square masked", sq_norm(EUCLIDEAN, masked=True)
+    yield "sq_norm power adaptive masked", sq_norm(ADAPTIVE, masked=True, **power)
+    yield "perturb linear masked", perturb(EUCLIDEAN, masks=True)
+    yield "perturb powered adaptive masked", perturb(ADAPTIVE, masks=True, **powered)
+    yield "restore masked", restore(masks=True)
+    yield "descend sgd masked", sgd(masks=True)
+    yield "descend sgd momentum masked", sgd(0.9, masks=True, guard=one, **amp)
+    yield "descend adam masked", adam(masks=True, guard=one)
+    yield "accumulate", accumulate()
+    yield "count", count_ranks()
+    yield "mark", mark(within=words())
     if not every:
         return
     yield "sq_norm peak", sq_norm(EUCLIDEAN, moment="peak", per_tensor=True)
@@ -118,6 +152,20 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     yield "descend sgd momentum unguarded", sgd(0.9)
     yield "descend adam amp", adam(guard=one, **amp)
     yield "descend adam unguarded", adam()
+    yield "sq_norm square adaptive masked", sq_norm(ADAPTIVE, masked=True, root=2.0)
+    yield "sq_norm peak masked", sq_norm(EUCLIDEAN, masked=True, moment="peak")
+    yield "sq_norm peak adaptive masked", sq_norm(ADAPTIVE, masked=True, moment="peak")
+    yield "sq_norm power masked", sq_norm(EUCLIDEAN, masked=True, **power)
+    yield "perturb linear adaptive masked", perturb(ADAPTIVE, masks=True)
+    yield "perturb sign masked", perturb(EUCLIDEAN, masks=True, shape="sign")
+    yield "perturb sign adaptive masked", perturb(ADAPTIVE, masks=True, shape="sign")
+    yield "perturb powered masked", perturb(EUCLIDEAN, masks=True, **powered)
+    yield "count within", count_ranks(within=words())
+    yield "count outside", count_ranks(within=words(), outside=True)
+    yield "count random", count_ranks(is_random=True)
+    yield "mark outside", mark(within=words(), outside=True, collects=False)
+    yield "mark random", mark(is_random=True, add=True)
+    yield "mark random outside", mark(is_random=True, add=True, within=words(), outside=True)
 
 
 def launches(vendor: str, dtype: str, every: bool, names: list[str]) -> Iterator[tuple[str, Launch]]:

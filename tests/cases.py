@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from oracles import asam, bases, layerwise, nosam, sam
+from oracles import asam, bases, layerwise, nosam, sam, ssam
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -119,6 +119,21 @@ RECIPES = (
         {"rho": 0.01, "form": "trust_ratio"},
     ),
     RecipeCase("nosam", "nosam", partial(nosam.perturbation, rho=0.05), {"rho": 0.05}),
+    # Before the first update of its mask every weight is perturbed.
+    RecipeCase("ssam-f", "ssam_f", ssam.perturbation),
+    # A mask of which nothing is ever dropped is the first one, which is random.
+    RecipeCase(
+        "ssam-d",
+        "ssam_d",
+        partial(ssam.perturbation, mask=partial(ssam.first_mask, sparsity=0.4, seed=5)),
+        {"sparsity": 0.4, "seed": 5, "drop_rate": 0.0},
+    ),
+    RecipeCase(
+        "ssam-d-masked-norm",
+        "ssam_d",
+        partial(ssam.perturbation, mask=ssam.first_mask, norm="masked"),
+        {"norm": "masked", "drop_rate": 0.0},
+    ),
 )
 
 

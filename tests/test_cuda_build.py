@@ -20,8 +20,9 @@ import sam_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "libsam_kernels_cuda.so"
-PASSES = ("sq_norm", "perturb", "restore", "grad_stats", "combine", "descend")
-WRITERS = ("perturb", "restore", "combine", "descend")
+MASKED = ("sq_norm", "perturb", "restore", "descend")
+PASSES = (*MASKED, "grad_stats", "combine", "accumulate", "count", "mark")
+WRITERS = ("perturb", "restore", "combine", "descend", "accumulate")
 # One generation each with what its instructions differ in; a library has those it was built for.
 READ_TARGETS = ("80", "90", "100")
 
@@ -179,7 +180,7 @@ def test_a_pass_without_a_device_fails_and_is_no_crash(library):
     sizes = (ctypes.c_int64 * 3)(5, 0, 100_000)
     plan = ctypes.c_void_p(library.samk_plan_create(sizes, 3))
     assert library.samk_plan_workspace_bytes(plan) > 0
-    # samk_restore_args: two lists, then the queue; every tensor takes part, at addresses nobody reads
+    # samk_restore_args: three lists, then the queue; every tensor takes part, at addresses nobody reads
     addresses = (ctypes.c_void_p * 3)(16, 32, 48)
 
     class List(ctypes.Structure):
@@ -189,12 +190,13 @@ def test_a_pass_without_a_device_fails_and_is_no_crash(library):
         _fields_ = [
             ("params", List),
             ("snapshots", List),
+            ("masks", List),
             ("stream", ctypes.c_void_p),
             ("device", ctypes.c_int32),
         ]
 
     one = List(ctypes.addressof(addresses), 0)
-    assert library.samk_restore(plan, ctypes.byref(Restore(one, one, None, 0))) != 0
+    assert library.samk_restore(plan, ctypes.byref(Restore(one, one, List(), None, 0))) != 0
     assert re.match(r"\w.* ", library.samk_last_error().decode())
     library.samk_plan_destroy(plan)
 
@@ -238,19 +240,33 @@ def kernels(request, built: Built, library: ctypes.CDLL) -> dict[str, list[str]]
 
 
 @pytest.fixture(scope="session")
-def instructions(kernels) -> dict[str, list[str]]:
-    """Those of the fp32 kernels, by pass."""
+def instructions(kernels) -> dict[tuple[str, bool], list[list[str]]]:
+    """Those of each fp32 kernel, by pass and whether there are masks."""
     found = defaultdict(list)
+    scores = r"(?:NS_5ranks8OfScoresI)?"
     for kernel, accesses in kernels.items():
         # fp32 in every list; restore moves bits, which are unsigned integers to it
-        if taken := re.search(rf"\d({'|'.join(PASSES)})_kernelI(?:f+|j)(?=[LE])", kernel):
-            found[taken[1]] += accesses
+        if taken := re.search(rf"\d({'|'.join(PASSES)})_kernelI{scores}(?:f+|j)(?=[LE])", kernel):
+            found[taken[1], "Lb1E" in kernel.partition("Parameters")[0]].append(accesses)
     return found
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_under_a_mask_fp32_moves_sixteen_bytes_at_a_time_and_words_whole(instructions, name):
+    assert len(instructions[name, True]) == len(instructions[name, False]) > 0
+    for accesses in instructions[name, True]:
+        assert [x for x in accesses if re.fullmatch(r"LDG\.E\.(\w+\.)*64(\.\w+)*", x)], "the words"
+        for kind, is_needed in (("LDG", True), ("STG", name in WRITERS)):
+            wide = [x for x in accesses if re.fullmatch(rf"{kind}\.E\.(\w+\.)*128(\.\w+)*", x)]
+            assert bool(wide) == is_needed, sorted(set(accesses))
+        # What a word decides on is read ahead all the same: 48 KB beside four blocks.
+        order = "".join(x[0] for x in accesses if re.search(r"\.128\b", x))
+        assert max(map(len, order.split("S"))) >= 3, order
 
 
 @pytest.mark.parametrize("name", PASSES)
 def test_fp32_moves_sixteen_bytes_at_a_time(instructions, name):
-    met = sorted(set(instructions[name]))
+    met = sorted({x for accesses in instructions[name, False] for x in accesses})
     assert [x for x in met if re.fullmatch(r"LDG\.E\.(\w+\.)*128(\.\w+)*", x)], met
     wide_stores = [x for x in met if re.fullmatch(r"STG\.E\.(\w+\.)*128(\.\w+)*", x)]
     assert bool(wide_stores) == (name in WRITERS), met
@@ -274,10 +290,13 @@ READ_AHEAD = [
 ]
 
 
+@pytest.mark.parametrize("masks", [0, 1])
 @pytest.mark.parametrize(("types", "masters", "rule", "loads", "blocks"), READ_AHEAD)
-def test_a_descent_reads_ahead(kernels, types, masters, rule, loads, blocks):
+def test_a_descent_reads_ahead(kernels, types, masters, rule, loads, blocks, masks):
+    if masters and masks:
+        pytest.skip("masters are whole, so no mask is asked")
     assert loads * 16 * 256 * blocks >= 48 * 1024
-    name = f"descend_kernelI{types}Lb{masters}ELi{int(rule == 'adam')}E"
+    name = f"descend_kernelI{types}Lb{masters}ELi{int(rule == 'adam')}ELb{masks}E"
     ((kernel, accesses),) = [item for item in kernels.items() if name in item[0]]
     word = "".join("l" if x.startswith("LD") else "s" for x in accesses if re.search(r"\.128\b", x))
     assert max(map(len, word.split("s"))) >= loads, f"{kernel}: {word}"

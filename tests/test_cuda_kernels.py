@@ -7,16 +7,33 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import re
 import shutil
-from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int32, c_int64, c_uint8, c_void_p
+from contextlib import contextmanager
+from ctypes import (
+    POINTER,
+    Structure,
+    c_char_p,
+    c_double,
+    c_int,
+    c_int32,
+    c_int64,
+    c_uint8,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 
 import emulated
+import numpy as np
 import pytest
 import torch
+from oracles.philox import random_word
 
 from sam_kernels import SAM, state
 from sam_kernels.backends import native
+from sam_kernels.bitmask import count_words, pack, unpack
 from sam_kernels.tensor_groups import ADAPTIVE, COLUMNS, EUCLIDEAN, Column
 
 pytestmark = emulated.needed
@@ -40,6 +57,7 @@ class SqNorm(Structure):
     _fields_ = [
         ("grads", List),
         ("params", List),
+        ("masks", List),
         ("row", POINTER(c_int32)),
         ("table", c_void_p),
         ("moment", c_int32),
@@ -59,6 +77,7 @@ class Perturb(Structure):
         ("grads", List),
         ("snapshots", List),
         ("masters", List),
+        ("masks", List),
         ("row", POINTER(c_int32)),
         ("table", c_void_p),
         ("shape", c_int32),
@@ -70,12 +89,17 @@ class Perturb(Structure):
     ]
 
 
+class Restore(Structure):
+    _fields_ = [("params", List), ("snapshots", List), ("masks", List), ("queue", Queue)]
+
+
 class Descend(Structure):
     _fields_ = [
         ("params", List),
         ("grads", List),
         ("snapshots", List),
         ("masters", List),
+        ("masks", List),
         ("state", List * 2),
         ("step", POINTER(c_void_p)),
         ("fresh", POINTER(c_uint8)),
@@ -90,6 +114,49 @@ class Descend(Structure):
     ]
 
 
+class Accumulate(Structure):
+    _fields_ = [("scores", List), ("grads", List), ("queue", Queue)]
+
+
+class Ranks(Structure):
+    _fields_ = [
+        ("scores", List),
+        ("is_random", c_int32),
+        ("seed", c_uint64),
+        ("step", c_uint32),
+        ("number", POINTER(c_uint32)),
+        ("within", List),
+        ("outside", c_int32),
+    ]
+
+
+class Count(Structure):
+    _fields_ = [
+        ("ranks", Ranks),
+        ("masks", List),
+        ("prefix", c_int32),
+        ("shift", c_int32),
+        ("bits", c_int32),
+        ("counts", c_void_p),
+        ("queue", Queue),
+    ]
+
+
+class Mark(Structure):
+    _fields_ = [
+        ("ranks", Ranks),
+        ("masks", List),
+        ("threshold", c_int32),
+        ("shift", c_int32),
+        ("add", c_int32),
+        ("position", POINTER(c_int64)),
+        ("candidates", c_void_p),
+        ("capacity", c_int64),
+        ("found", c_void_p),
+        ("queue", Queue),
+    ]
+
+
 @pytest.fixture(scope="module")
 def library():
     lib = ctypes.CDLL(str(emulated.LIBRARY))
@@ -99,7 +166,7 @@ def library():
     lib.samk_plan_workspace_bytes.restype = c_int64
     lib.samk_plan_workspace_bytes.argtypes = [c_void_p]
     lib.samk_last_error.restype = c_char_p
-    for name in ("sq_norm", "perturb", "descend"):
+    for name in ("sq_norm", "perturb", "restore", "descend", "accumulate", "count", "mark"):
         getattr(lib, f"samk_{name}").restype = c_int
         getattr(lib, f"samk_{name}").argtypes = [c_void_p, c_void_p]
     return lib
@@ -115,7 +182,8 @@ class Plan:
         self.row = (c_int32 * len(sizes))(*[0] * len(sizes))
 
     def run(self, name, arguments):
-        arguments.row = self.row
+        if hasattr(arguments, "row"):
+            arguments.row = self.row
         if hasattr(arguments, "workspace"):
             arguments.workspace = self.workspace.data_ptr()
         if getattr(self.lib, f"samk_{name}")(self.pointer, ctypes.byref(arguments)) != 0:
@@ -131,7 +199,7 @@ def addresses(tensors):
 
 
 def as_list(tensors):
-    return List(addresses(tensors), CODES[next(x.dtype for x in tensors if x is not None)])
+    return List(addresses(tensors), CODES.get(next(x.dtype for x in tensors if x is not None), 0))
 
 
 def table(**columns):
@@ -372,6 +440,290 @@ def test_a_long_tensor_sums_its_chunks_in_one_order(library):
         library.samk_shim_seed(0)
     assert found[0] == found[1] == found[2]
     assert found[0] == pytest.approx(expected, rel=1e-6)
+
+
+# ---- masks ----
+
+# Chunks of several sizes begin and end within these; every third word of a mask is 0.
+MASKED = [0, 1, 63, 64, 65, 2047, 2048, 2049, 3 * 2048 + 130, 7000]
+orders = pytest.mark.parametrize("order", [0, 1, 2])
+
+
+@contextmanager
+def shuffled(library, order):
+    """Blocks, and threads between barriers, in another order."""
+    library.samk_shim_seed(order)
+    try:
+        yield
+    finally:
+        library.samk_shim_seed(0)
+
+
+def make_masks(sizes, dense=(), seed=0):
+    random, masks = torch.Generator().manual_seed(seed), []
+    for t, n in enumerate(sizes):
+        bits = (torch.rand(n, generator=random) < 0.4) & (torch.arange(n) // 64 % 3 != 1)
+        masks.append(None if t in dense else pack(bits))
+    return masks
+
+
+def bits_of(masks, sizes):
+    return [
+        torch.ones(n, dtype=torch.bool) if x is None else unpack(x, torch.zeros(n))
+        for x, n in zip(masks, sizes, strict=True)
+    ]
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def clones(tensors):
+    return [x.clone() for x in tensors]
+
+
+@orders
+@pytest.mark.parametrize(("weight", "grad"), [(F32, F32), (F32, BF16), (F16, F16)], ids=str)
+@pytest.mark.parametrize("rule", [SGD, ADAM], ids=["sgd", "adam"])
+def test_masked_passes_give_the_bits_of_the_dense_ones_in_any_order(library, order, weight, grad, rule):
+    plan, w, g = Plan(library, MASKED), randoms(weight, MASKED), randoms(grad, MASKED)
+    masks = make_masks(MASKED, dense=(5,))
+    chosen, start, twin, saved = bits_of(masks, MASKED), clones(w), clones(w), clones(w)
+    snapshots = [torch.full((n,), math.nan, dtype=weight) for n in MASKED]
+    rows, norm = table(RHO=0.5, LR=0.1, MOMENTUM=0.9, BETA1=0.9, BETA2=0.99, ADAM_EPS=1e-8), scalar_of(3.0)
+    lists = {"params": as_list(w), "grads": as_list(g), "snapshots": as_list(snapshots)}
+    masked = {**lists, "masks": as_list(masks)}
+    plan.run(
+        "perturb",
+        Perturb(
+            params=as_list(twin),
+            grads=as_list(g),
+            snapshots=as_list(saved),
+            table=rows.data_ptr(),
+            norm=norm.data_ptr(),
+        ),
+    )
+    with shuffled(library, order):
+        plan.run("perturb", Perturb(**masked, table=rows.data_ptr(), norm=norm.data_ptr()))
+    assert same(w, [torch.where(m, x, y) for m, x, y in zip(chosen, twin, start, strict=True)])
+    for words, snapshot, old in zip(masks, snapshots, start, strict=True):
+        whole = torch.ones(()) if words is None else (words != 0).repeat_interleave(64)[: len(old)]
+        assert torch.equal(snapshot.nan_to_num(9), torch.where(whole != 0, old, 9))
+    perturbed = clones(w)
+    with shuffled(library, order):
+        plan.run(
+            "restore", Restore(params=lists["params"], snapshots=lists["snapshots"], masks=masked["masks"])
+        )
+    assert same(w, start)
+
+    state = [clones(start), [x.abs() for x in start]]
+    steps = [torch.tensor(4.0) for _ in MASKED]
+
+    def descend(params, **more):
+        moments, counters = [clones(x) for x in state], clones(steps)
+        arguments = Descend(
+            params=as_list(params),
+            grads=as_list(g),
+            state=(List * 2)(as_list(moments[0]), as_list(moments[1]) if rule == ADAM else List()),
+            step=addresses(counters) if rule == ADAM else None,
+            table=rows.data_ptr(),
+            rule=rule,
+            **more,
+        )
+        plan.run("descend", arguments)
+        return params + moments[0] + moments[1] + counters
+
+    expected = descend(clones(start))
+    before = {"snapshots": lists["snapshots"], "masks": masked["masks"]}
+    with shuffled(library, order):
+        assert same(descend(clones(perturbed), **before), expected)
+        guard = scalar_of(math.inf)
+        skipped = descend(clones(perturbed), **before, guard=guard.data_ptr())
+    assert same(skipped, start + state[0] + state[1] + steps)
+
+
+def scalar_of(value):
+    return torch.tensor(value, dtype=F64)
+
+
+@orders
+@pytest.mark.parametrize("half", [BF16, F16], ids=str)
+def test_masks_beside_masters(library, order, half):
+    plan, masters, g = Plan(library, MASKED), randoms(F32, MASKED), randoms(half, MASKED)
+    masks = make_masks(MASKED, dense=(5,))
+    chosen, w, twin = bits_of(masks, MASKED), [x.to(half) for x in masters], [x.to(half) for x in masters]
+    start, rows, norm = clones(w), table(RHO=0.5, LR=0.1), scalar_of(3.0)
+    more = {"grads": as_list(g), "masters": as_list(masters), "table": rows.data_ptr()}
+    plan.run("perturb", Perturb(**more, params=as_list(twin), norm=norm.data_ptr()))
+    masked = {**more, "params": as_list(w), "masks": as_list(masks)}
+    with shuffled(library, order):
+        plan.run("perturb", Perturb(**masked, norm=norm.data_ptr()))
+    assert same(w, [torch.where(m, x, y) for m, x, y in zip(chosen, twin, start, strict=True)])
+    moved = [x - 0.1 * d.float() for x, d in zip(masters, g, strict=True)]
+    plan.run("descend", Descend(**masked, state=(List * 2)(), rule=SGD))
+    for x, master, expected in zip(w, masters, moved, strict=True):
+        torch.testing.assert_close(master, expected)
+        assert torch.equal(x, master.to(half))
+
+
+@pytest.mark.parametrize("root", [1.0, 2.0])
+def test_a_masked_sum_has_one_order_and_a_second_look_under_the_mask(library, root):
+    plan, masks = Plan(library, MASKED), make_masks(MASKED, dense=(5,))
+    chosen, rows = bits_of(masks, MASKED), table()
+    for scale in (1.0, 1e-25, 1e25):  # the last two add up in double only
+        g = [torch.where(m, x * scale, math.nan) for m, x in zip(chosen, randoms(F32, MASKED), strict=True)]
+        expected = sum(float((x[m].double() ** 2).sum()) for m, x in zip(chosen, g, strict=True))
+        found = set()
+        for order in (0, 1, 2):
+            norm = torch.empty((), dtype=F64)
+            arguments = SqNorm(grads=as_list(g), masks=as_list(masks), table=rows.data_ptr(), root=root)
+            arguments.out = norm.data_ptr()
+            with shuffled(library, order):
+                plan.run("sq_norm", arguments)
+            found.add(float(norm))
+        assert len(found) == 1
+        assert found.pop() == pytest.approx(expected ** (1 / root), rel=1e-6)
+
+
+@contextmanager
+def closed(*tensors):
+    """Nobody may touch the middle page of these tensors of three: who does ends the process."""
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    middle = [x.data_ptr() + mmap.PAGESIZE for x in tensors]
+    try:
+        for at in middle:
+            assert protect(c_void_p(at), mmap.PAGESIZE, 0) == 0
+        yield
+    finally:
+        for at in middle:
+            assert protect(c_void_p(at), mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE) == 0
+
+
+def test_where_a_word_is_zero_nothing_but_the_word_is_read_or_written(library):
+    page = mmap.PAGESIZE // 4
+    plan = Plan(library, [3 * page])
+    w, g, snapshot, scores = (
+        torch.frombuffer(mmap.mmap(-1, 3 * mmap.PAGESIZE), dtype=F32).fill_(value) for value in (1, 2, 3, 4)
+    )
+    bits = torch.rand(3 * page) < 0.5
+    bits[page : 2 * page] = False
+    words, rows, norm = pack(bits), table(RHO=1.5, LR=0.25), scalar_of(3.0)
+    lists = {"params": as_list([w]), "snapshots": as_list([snapshot]), "masks": as_list([words])}
+    more = {"grads": as_list([g]), "table": rows.data_ptr()}
+    with closed(w, g, snapshot):
+        total = torch.empty((), dtype=F64)
+        plan.run("sq_norm", SqNorm(**more, masks=lists["masks"], out=total.data_ptr()))
+        plan.run("perturb", Perturb(**lists, **more, norm=norm.data_ptr()))
+    assert float(total) == 4.0 * int(bits.sum())
+    assert torch.equal(w, torch.where(bits, 2.0, 1.0))
+    with closed(w, snapshot):
+        plan.run("restore", Restore(**lists))
+        bad = scalar_of(math.nan)
+        plan.run("perturb", Perturb(**lists, **more, norm=bad.data_ptr()))
+    assert (w == 1).all()
+    with closed(snapshot):
+        plan.run("descend", Descend(**lists, **more, state=(List * 2)(), rule=SGD))
+    assert (w == 0.5).all()
+    ranks, counts = Ranks(scores=as_list([scores]), within=lists["masks"]), torch.zeros(1, dtype=torch.int64)
+    marked = torch.full_like(words, -1)
+    with closed(scores):
+        plan.run("count", Count(ranks=ranks, masks=as_list([marked]), shift=31, counts=counts.data_ptr()))
+        plan.run("mark", Mark(ranks=ranks, masks=as_list([marked]), threshold=-1))
+    assert int(counts) == int(bits.sum()) and torch.equal(marked, words)
+
+
+# ---- selection ----
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("is_random", [False, True], ids=["scores", "random"])
+def test_a_selection_over_several_launches_is_the_same_in_any_order(library, dtype, is_random):
+    """Numbers and positions go with their tensors, and a warp's candidates never share a place."""
+    sizes = [(t * 7919) % 200 for t in range(1500)] + [9000, 2048]
+    plan, scores = Plan(library, sizes), randoms(dtype, sizes)
+    numbers = [3 * t + 1 for t in range(len(sizes))]
+    starts = np.concatenate([[0], np.cumsum([64 * count_words(n) for n in sizes])[:-1]])
+    within = make_masks(sizes, dense=range(0, 1500, 7))
+    ranks, part = Ranks(within=as_list(within)), bits_of(within, sizes)
+    if is_random:
+        ranks.is_random, ranks.seed, ranks.step = 1, 5 << 40 | 3, 9
+        ranks.number = (c_uint32 * len(sizes))(*numbers)
+        truth = [
+            random_word(5 << 40 | 3, 9, number, np.arange(n)).astype(np.int64) >> 1
+            for number, n in zip(numbers, sizes, strict=True)
+        ]
+    else:
+        ranks.scores = as_list(scores)
+        truth = [x.float().abs().view(torch.int32).numpy().astype(np.int64) for x in scores]
+    flat = np.concatenate(truth)
+    here = torch.cat(part).numpy()
+    place = np.concatenate([start + np.arange(n) for start, n in zip(starts, sizes, strict=True)])
+    threshold = int(np.sort(flat[here])[int(here.sum()) // 2]) >> 20
+    at = here & (flat >> 20 == threshold)
+    candidates = sorted((flat[at] % (1 << 20) << 43 | (1 << 43) - 1 - place[at]).tolist())
+    for order in (0, 1, 2):
+        counts, found = torch.zeros(2048, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        got = torch.full((len(candidates) + 7,), -1, dtype=torch.int64)
+        words = [torch.full((count_words(n),), -1) for n in sizes]
+        with shuffled(library, order):
+            plan.run(
+                "count",
+                Count(ranks=ranks, masks=as_list(words), shift=20, bits=11, counts=counts.data_ptr()),
+            )
+            plan.run(
+                "mark",
+                Mark(
+                    ranks=ranks,
+                    masks=as_list(words),
+                    threshold=threshold,
+                    shift=20,
+                    position=(c_int64 * len(sizes))(*starts.tolist()),
+                    candidates=got.data_ptr(),
+                    capacity=len(got),
+                    found=found.data_ptr(),
+                ),
+            )
+        assert np.array_equal(counts.numpy(), np.bincount(flat[here] >> 20, minlength=2048))
+        assert np.array_equal(torch.cat(bits_of(words, sizes)).numpy(), here & (flat >> 20 > threshold))
+        assert int(found) == len(candidates) and (got[len(candidates) :] == -1).all()
+        assert sorted(got[: len(candidates)].tolist()) == candidates
+
+
+def test_equal_ranks_all_fall_into_one_bin_and_all_are_candidates(library):
+    """The bin of a block takes every one of its threads, and a counter every warp."""
+    sizes = [40_000, 1, 63]
+    plan, total, scores = Plan(library, sizes), sum(sizes), [torch.ones(n) for n in sizes]
+    words = [torch.zeros(count_words(n), dtype=torch.int64) for n in sizes]
+    ranks = Ranks(scores=as_list(scores))
+    counts, found = torch.full((2,), 5, dtype=torch.int64), torch.tensor([1 << 40])
+    plan.run("count", Count(ranks=ranks, masks=as_list(words), shift=30, bits=1, counts=counts.data_ptr()))
+    assert counts.tolist() == [5 + total, 5]
+    mark = Mark(ranks=ranks, masks=as_list(words), threshold=0x3F800000 >> 20, shift=20, capacity=10)
+    room = torch.zeros(10, dtype=torch.int64)
+    mark.position = (c_int64 * 3)(0, 1 << 20, 1 << 40)
+    mark.candidates, mark.found = room.data_ptr(), found.data_ptr()
+    plan.run("mark", mark)
+    assert int(found) == (1 << 40) + total and not room.any(), "it is counted from where the counter stands"
+    assert not torch.cat(words).any()
+
+
+def test_selections_that_are_not_served_are_sentences(library):
+    plan, scores = Plan(library, [4]), as_list([torch.ones(4)])
+    words, room = torch.zeros(1, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)
+    ranks, masks = Ranks(scores=scores), as_list([words])
+
+    def refused(name, arguments, sentence):
+        with pytest.raises(RuntimeError, match=sentence):
+            plan.run(name, arguments)
+
+    refused("count", Count(ranks=ranks, masks=masks, bits=12), "count_ranks: expected 0 to 11 bits")
+    refused("count", Count(ranks=ranks, masks=masks, shift=32), "count_ranks: expected a shift of 0 to 31")
+    refused("mark", Mark(ranks=ranks, masks=masks, shift=-1), "mark_: expected a shift of 0 to 31")
+    refused("mark", Mark(ranks=Ranks(is_random=1), masks=masks), "mark_: random ranks need the number of")
+    wants = Mark(ranks=ranks, masks=masks, candidates=room.data_ptr(), capacity=8, found=room.data_ptr())
+    refused("mark", wants, "mark_: candidates need the position of every tensor")
+    halves = as_list([torch.ones(4, dtype=BF16)])
+    refused("accumulate", Accumulate(scores=halves, grads=scores), "accumulate_: scores are fp32")
 
 
 # ---- devices ----

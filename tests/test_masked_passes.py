@@ -11,19 +11,26 @@ from oracles.philox import random_word
 from test_passes import (
     ALL,
     DTYPES,
+    EMULATED,
     F32,
+    FOREACH,
+    INTERPRETED,
     MIXED,
+    NATIVE,
     OTHERS,
+    REFERENCE,
     ROWS,
     SUM,
+    assert_close,
     copies,
     make_group,
+    no_native,
     numbers,
     same_bits,
     scalar,
 )
 
-from sam_kernels.backends import reference
+from sam_kernels.backends import native, reference
 from sam_kernels.bitmask import count_words, pack, unpack
 from sam_kernels.ranks import Ranks
 from sam_kernels.tensor_groups import FIXED, Column
@@ -214,6 +221,72 @@ def test_masked_norm_of_an_infinite_gradient_outside_the_mask_is_finite(side):
         g[~m] = math.inf
     assert math.isfinite(side.backend.sq_norm(group, masked=True))
     assert not math.isfinite(side.backend.sq_norm(group))
+
+
+# Backends that keep compact snapshots; the others refuse, and the automatic choice steps down.
+COMPACT = [REFERENCE, FOREACH, NATIVE]
+
+
+@pytest.mark.parametrize("side", COMPACT)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory", ["plain", "misaligned", "channels_last"])
+@pytest.mark.parametrize("rule", [None, "sgd", "adam"])
+def test_compact_snapshots_hold_the_selected_elements_alone(side, dtype, memory, rule):
+    shapes = [(3, 5), (5, 4, 3, 3), (130,), (0,), (9, 16, 3, 3)] if memory == "channels_last" else SIZES
+    rows = [{**row, **BASE} for row in ROWS[:2]]
+    group, twin = (
+        masked_group(dtype, shapes, rows=rows, memory=memory, device=side.device, missing=(1,))
+        for _ in range(2)
+    )
+    before, mask = copies(group.params), bools(group, group.masks)
+    group.compact = True
+    group.set_masks(group.masks)
+    group.take_snapshots()
+    twin.snapshots[1] = None
+    for t, (m, words, g) in enumerate(zip(mask, group.masks, group.grads, strict=True)):
+        size = m.numel() if words is None else int(m.sum())
+        assert g is None if group.snapshots[t] is None else group.snapshots[t].numel() == size
+        if group.snapshots[t] is not None:
+            group.snapshots[t].fill_(math.nan)
+    for one in (group, twin):
+        side.backend.perturb_(one, scalar(3.0, side.device))
+    assert_close(group.params, twin.params, dtype)
+    if rule is None:
+        side.backend.restore_(group)
+        assert same_bits(group.params, before)
+        return
+    slots = state_of(group, rule)
+    side.backend.descend_(group, rule, slots)
+    side.backend.descend_(twin, rule, state_of(twin, rule))
+    assert same_bits(group.params, twin.params)
+
+
+@pytest.mark.parametrize("side", COMPACT)
+@pytest.mark.parametrize("rule", [None, "sgd"])
+def test_compact_snapshots_restore_where_nothing_moved(side, rule):
+    group = masked_group(F32, rows=[{**row, **BASE} for row in ROWS[:2]], device=side.device)
+    before = copies(group.params)
+    group.compact = True
+    group.set_masks(group.masks)
+    group.take_snapshots()
+    side.backend.perturb_(group, scalar(math.nan, side.device))
+    assert same_bits(group.params, before)
+    if rule is None:
+        side.backend.restore_(group)
+    else:
+        side.backend.descend_(group, rule, state_of(group, rule), guard=scalar(math.nan, side.device))
+    assert same_bits(group.params, before)
+    side.backend.perturb_(group, scalar(3.0, side.device))
+    group.copy_back()  # what a failed step does, without any backend
+    assert same_bits(group.params, before)
+
+
+@pytest.mark.parametrize("side", [EMULATED, INTERPRETED])
+def test_backends_without_compact_snapshots_say_so(side):
+    group = make_group(F32, device=side.device)
+    assert side.backend.refusal(group) is None
+    group.compact = True
+    assert "compact ones are served by foreach" in side.backend.refusal(group)
 
 
 # ---- selection -------------------------------------------------------------------------------------
@@ -417,3 +490,46 @@ def test_a_selection_leaves_the_masks_of_the_group_in_force(side):
     )
     side.backend.perturb_(group, scalar(3.0, side.device))
     assert same_bits(choose(mask, before, group.params), before)
+
+
+@no_native
+@pytest.mark.parametrize("pattern", ["random", "scattered", "rows"])
+def test_neither_threads_nor_streaming_stores_change_a_bit(pattern):
+    """Large enough that the passes run on several threads and write past the caches."""
+    shapes = [(3, 1024, 1024), (700_001,), (65,)]
+    density = {"random": 0.5, "scattered": 0.01, "rows": 0.1}[pattern]
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, None):  # None: the same by the reference
+        group = make_group(F32, shapes, rows=[{**ROWS[0], **BASE}])
+        group.masks = make_masks(group, density, blocks=False)
+        if pattern == "rows":
+            for words in group.masks:
+                words.copy_(torch.where(torch.arange(len(words)) // 16 % 10 == 0, -1, 0))
+            group.masks[1][-1] &= (1 << 700_001 % 64) - 1
+            group.masks[2][-1] &= 1
+        slots = state_of(group, "sgd")
+        side = reference.BACKEND if count is None else native.BACKEND
+        try:
+            torch.set_num_threads(count or threads)
+            norm = side.sq_norm(group, root=2.0, masked=True)
+            side.perturb_(group, scalar(3.0))
+            moved = copies(group.params)
+            side.descend_(group, "sgd", slots)
+            ranks = Ranks(make_scores(group, "normal"))
+            counts = side.count_ranks(group, ranks, empty_masks(group), prefix=0, shift=20, bits=11)
+            marks = empty_masks(group)
+            room, found = torch.zeros(1 << 20, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+            side.mark_(
+                group, ranks, marks, threshold=0x3F800000 >> 16, shift=16,
+                positions=starts(group), candidates=room, found=found,
+            )  # fmt: skip
+        finally:
+            torch.set_num_threads(threads)
+        results.append((norm, counts, room.sort().values, found, *marks, *moved, *group.params))
+    one, two, expected = results
+    assert same_bits(one, two)
+    assert torch.allclose(one[0], expected[0], rtol=SUM[F32])
+    assert same_bits(one[1:-6], expected[1:-6])
+    for got, want in zip(one[-6:], expected[-6:], strict=True):
+        np.testing.assert_allclose(numbers(got), numbers(want), rtol=1e-5, atol=1e-6)

@@ -274,6 +274,31 @@ def test_steps_with_everything_in_place_upload_nothing_and_can_be_captured(
     assert not uploads
 
 
+@interpreted.needed
+def test_masks_are_uploaded_when_the_list_is_another(uploads):
+    params = [torch.randn(size, requires_grad=True) for size in (200, 3)]
+    group = TensorGroup(params, [0, 0], [(0, 1, 0.0)])
+    group.write_table([(1.0, 0.0, 0.05, 1e-12)])
+    group.grads = [torch.randn_like(p, requires_grad=False) for p in params]
+    group.take_snapshots()
+    scores = [torch.zeros_like(p, requires_grad=False) for p in params]
+
+    def step():
+        with torch.no_grad():
+            norm = interpreted.BACKEND.sq_norm(group, root=2.0, masked=True)
+            interpreted.BACKEND.perturb_(group, norm)
+            interpreted.BACKEND.restore_(group)
+            interpreted.BACKEND.accumulate_squares_(group, scores)
+
+    for masks in ([torch.ones(4, dtype=torch.int64), None], [torch.zeros(4, dtype=torch.int64), None]):
+        group.masks = masks
+        step()
+        assert uploads
+        uploads.clear()
+        step()
+        assert not uploads
+
+
 # ---- launches --------------------------------------------------------------------------------------
 
 

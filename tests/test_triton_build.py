@@ -37,8 +37,11 @@ THREADS_OF_WARP = 32
 REGISTERS_OF_THREAD, REGISTERS_OF_PROCESSOR = 255, 65536
 
 # Bytes of a thread that an assembler sets aside once for a chunk to fit one more block of threads beside, and
-# never in a loop over blocks. The assembler of Triton 3.6 does so; that of 3.9 does not.
-SET_ASIDE = {("sm_80", "float64", "descend sgd momentum"): 16}
+# never in a loop over blocks: the first by the assembler of Triton 3.6, the second by that of 3.9.
+SET_ASIDE = {
+    ("sm_80", "float64", "descend sgd momentum"): 16,
+    ("sm_90", "float64", "descend adam masked"): 16,
+}
 
 pytestmark = pytest.mark.slow
 if triton.load()[1] is not None:
@@ -127,15 +130,19 @@ def test_every_kernel_compiles_for_every_target(of_target):
 def test_every_variant_is_among_them(compiled):
     both = (False, True)
     product = itertools.product
-    assert taken(compiled, "MOMENT", "HAS_ADAPTIVE") == set(product(triton._MOMENTS.values(), both))
-    assert taken(compiled, "SHAPE", "HAS_ADAPTIVE") == set(product(triton._SHAPES.values(), both))
+    moments, shapes = triton._MOMENTS.values(), triton._SHAPES.values()
+    assert taken(compiled, "MOMENT", "HAS_ADAPTIVE", "HAS_MASKS") == set(product(moments, both, both))
+    assert taken(compiled, "SHAPE", "HAS_ADAPTIVE", "HAS_MASKS") == set(product(shapes, both, both))
     assert taken(compiled, "COUNT") == {(1,), (2,), (3,)}
     assert taken(compiled, "IN", "OUT") == set(product((1, 2, 3), (1, 2)))
-    assert taken(compiled, "RULE", "HAS_BUFFERS") == {
-        (triton._RULES["sgd"], False),
-        (triton._RULES["sgd"], True),
-        (triton._RULES["adam"], False),
+    rules = [(triton._RULES["sgd"], False), (triton._RULES["sgd"], True), (triton._RULES["adam"], False)]
+    assert taken(compiled, "RULE", "HAS_BUFFERS", "HAS_MASKS") == {
+        (*rule, masks) for rule in rules for masks in both
     }
+    # without a mask to be within nothing is outside it
+    within = [(False, False), (True, False), (True, True)]
+    assert taken(compiled, "HAS_WITHIN", "OUTSIDE") == set(within)
+    assert taken(compiled, "IS_RANDOM", "ADD") == {(False, False), (True, True)}
     assert {getattr(torch, one.dtype) for one in compiled} == set(triton._DTYPES)
 
 
@@ -167,8 +174,8 @@ def test_a_block_of_threads_fits_a_processor(of_target):
 class Loop(NamedTuple):
     """Accesses in an innermost loop: of 16 bytes of global memory, of fewer bytes, of local memory."""
 
-    loads: int
-    stores: int
+    loads: float
+    stores: float
     narrow: int = 0
     local: int = 0
 
@@ -176,16 +183,18 @@ class Loop(NamedTuple):
 def fast_loops(one: Compiled) -> list[Loop]:
     """What a loop over aligned blocks has for each block, times the 16-byte accesses of a thread to a block.
 
-    `narrow` is what every lane loads alike, not what it loads of the lists.
+    `narrow` is what is not loaded of lists of elements: coefficients, once for a block, and words, one for
+    each access of 16 bytes.
     """
     c = one.constants
-    copies = [Loop(1, 1)]
+    words = 1 if c.get("HAS_MASKS") else 0
+    copies = [Loop(1, 1, words)]
     if one.kernel == "sq_norm":
-        loops = [Loop(1, 0), Loop(2, 0)] if c["HAS_ADAPTIVE"] else [Loop(1, 0)]
+        loops = [Loop(1, 0, words), Loop(2, 0, words)] if c["HAS_ADAPTIVE"] else [Loop(1, 0, words)]
         is_redone_in_double = c["MOMENT"] == triton._MOMENTS["square"] and c["S"] == "fp32"
         return loops * 2 if is_redone_in_double else loops
     if one.kernel == "perturb":
-        return [Loop(2, 2)] * (2 if c["HAS_ADAPTIVE"] else 1) + copies
+        return [Loop(2, 2, words)] * (2 if c["HAS_ADAPTIVE"] else 1) + copies
     if one.kernel == "restore":
         return copies
     if one.kernel == "grad_stats":
@@ -193,9 +202,17 @@ def fast_loops(one: Compiled) -> list[Loop]:
     if one.kernel == "combine":
         return [Loop(c["IN"], c["OUT"], c["IN"] * c["OUT"])]
     if one.kernel == "descend" and c["RULE"] == triton._RULES["adam"]:
-        return [Loop(4, 3)] + copies
+        return [Loop(4, 3, words)] + copies
     if one.kernel == "descend":
-        return [Loop(3, 2) if c["HAS_BUFFERS"] else Loop(2, 1)] + copies
+        return [Loop(3, 2, words) if c["HAS_BUFFERS"] else Loop(2, 1, words)] + copies
+    if one.kernel == "accumulate":
+        fp32 = 4 / getattr(torch, one.dtype).itemsize
+        return [Loop(1 + fp32, fp32)]
+    if one.kernel in ("count", "mark"):
+        # words to be within; marking writes words, and candidates where there are some
+        elements = 16 // getattr(torch, one.dtype).itemsize
+        narrow = 1 + (1 + elements if one.kernel == "mark" else 0)
+        return [] if c["IS_RANDOM"] else [Loop(1, 0, narrow)]
     assert one.kernel == "sum_by_tensor"  # its tables are short
     return []
 
@@ -233,7 +250,7 @@ def narrow_access(one: Compiled) -> str | None:
     def is_unrolled(found: Loop, block: Loop) -> bool:
         times, rest = divmod(found.loads, block.loads * accesses)
         enough = rest == 0 and found.stores == times * block.stores * accesses
-        return enough and found.narrow <= times * block.narrow
+        return enough and found.narrow <= times * block.narrow * (1 if one.kernel == "combine" else accesses)
 
     expected, found = fast_loops(one), wide_loops(one.sass)
     if len(expected) == len(found):

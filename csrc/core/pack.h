@@ -120,6 +120,10 @@ SAMK_INLINE F32 select(uint32_t bits, F32 yes, F32 no) {
 SAMK_INLINE __m256i select16(uint32_t bits, __m256i yes, __m256i no) {
   return _mm256_mask_mov_epi16(no, static_cast<__mmask16>(bits), yes);
 }
+SAMK_INLINE uint32_t nonzero8(const uint64_t* p) {
+  const __m512i x = _mm512_loadu_si512(p);
+  return _mm512_test_epi64_mask(x, x);
+}
 SAMK_INLINE uint32_t bits_equal(const int32_t* p, int shift, int32_t x) {
   const __m512i top = _mm512_srl_epi32(_mm512_loadu_si512(p), _mm_cvtsi32_si128(shift));
   return _mm512_cmpeq_epi32_mask(top, _mm512_set1_epi32(x));
@@ -212,6 +216,12 @@ SAMK_INLINE __m256i select16(uint32_t bits, __m256i yes, __m256i no) {
   const __m256i own = _mm256_and_si256(_mm256_set1_epi16(static_cast<short>(bits)), lane);
   return _mm256_blendv_epi8(no, yes, _mm256_cmpeq_epi16(own, lane));
 }
+SAMK_INLINE uint32_t zero4(const uint64_t* p) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i zero = _mm256_cmpeq_epi64(x, _mm256_setzero_si256());
+  return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(zero)));
+}
+SAMK_INLINE uint32_t nonzero8(const uint64_t* p) { return (zero4(p) | zero4(p + 4) << 4) ^ 0xffu; }
 SAMK_INLINE __m256i shifted8(const int32_t* p, int shift) {
   const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm256_srl_epi32(x, _mm_cvtsi32_si128(shift));
@@ -254,6 +264,11 @@ SAMK_INLINE void store(f16* p, F32 x) {
 SAMK_INLINE void stream(f16* p, F32 x) { store(p, x); }
 SAMK_INLINE F32 select(uint32_t bits, F32 yes, F32 no) {
   return F32::each([&](int i) { return (bits >> i & 1) != 0 ? yes.v[i] : no.v[i]; });
+}
+SAMK_INLINE uint32_t nonzero8(const uint64_t* p) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 8; ++i) bits |= static_cast<uint32_t>(p[i] != 0) << i;
+  return bits;
 }
 SAMK_INLINE uint32_t bits_equal(const int32_t* p, int shift, int32_t x) {
   uint32_t bits = 0;
@@ -306,13 +321,13 @@ SAMK_INLINE F64 select(uint32_t bits, F64 yes, F64 no) {
 #endif
 }
 
-// Writes the lanes whose bit is set. The others keep every bit: half types are chosen from as they are
-// stored, since a conversion there and back changes the payload of a NaN. All sixteen are written, and so
-// lines are written whole.
+// Writes the lanes whose bit is set; the others keep every bit of what was there, which is `old` as it was
+// loaded. Half types are chosen from as they are stored, since a conversion there and back changes the
+// payload of a NaN. All sixteen are written, and so lines are written whole.
 template <class T, class V>
-SAMK_INLINE void store_where(T* p, uint32_t bits, V x) {
+SAMK_INLINE void store_where(T* p, uint32_t bits, V x, [[maybe_unused]] V old) {
   if constexpr (sizeof(T) >= 4) {
-    store(p, select(bits, x, load(static_cast<const T*>(p))));
+    store(p, select(bits, x, old));
   } else {
     alignas(64) T lanes[kLanes];
     store(lanes, x);

@@ -22,10 +22,6 @@ struct Whole {
   SAMK_INLINE void put(T* p, V x, bool streaming = false) const {
     streaming ? stream(p, x) : store(p, x);
   }
-  template <class T, class V>
-  SAMK_INLINE void put_where(T* p, uint32_t bits, V x) const {
-    store_where(p, bits, x);
-  }
   template <class T>
   SAMK_INLINE void copy(T* to, const T* from, bool streaming) const {
     copy16(to, from, streaming);
@@ -46,13 +42,6 @@ struct Tail {
   SAMK_INLINE void put(T* p, V x, bool = false) const {
     alignas(64) T lanes[kLanes];
     store(lanes, x);
-    std::memcpy(p, lanes, n * sizeof(T));
-  }
-  template <class T, class V>
-  SAMK_INLINE void put_where(T* p, uint32_t bits, V x) const {
-    alignas(64) T lanes[kLanes] = {};
-    std::memcpy(lanes, p, n * sizeof(T));
-    store_where(lanes, bits, x);
     std::memcpy(p, lanes, n * sizeof(T));
   }
   template <class T>
@@ -80,29 +69,45 @@ SAMK_INLINE void sweep_streaming(int64_t n, bool streaming, Body body) {
   }
 }
 
-// Where the run of words ends that begins at element i, and whether these words are 0.
-SAMK_INLINE int64_t run_end(const uint64_t* words, int64_t i, int64_t n, bool* is_zero) {
-  const int64_t count = word_count(n);
-  int64_t k = i / kWordBits;
-  *is_zero = words[k] == 0;
-  if (*is_zero) {
-    while (k + 4 <= count && (words[k] | words[k + 1] | words[k + 2] | words[k + 3]) == 0) k += 4;
-    while (k < count && words[k] == 0) ++k;
-  } else {
-    while (k < count && words[k] != 0) ++k;
+// Which words of a chunk are not 0, a bit for each.
+class WordMap {
+ public:
+  WordMap(const uint64_t* words, int64_t elements) : count_(word_count(elements)) {
+    int64_t k = 0;
+    for (; k + 8 <= count_; k += 8) bits_[k / 64] |= uint64_t{nonzero8(words + k)} << k % 64;
+    for (; k < count_; ++k) bits_[k / 64] |= uint64_t{words[k] != 0} << k % 64;
+    for (uint64_t bits : bits_) turns_ += __builtin_popcountll((bits ^ bits << 1) & ~uint64_t{1});
   }
-  return std::min(k * kWordBits, n);
-}
 
-// Calls body(begin, size, is_zero) for every run of words that are 0, or are not, in the n elements under a
-// mask. Without a mask all is one run that is not.
+  int64_t count() const { return count_; }
+  SAMK_INLINE bool is_zero(int64_t k) const { return (bits_[k / 64] >> k % 64 & 1) == 0; }
+
+  // Where the run of words ends that begins at word k, all of them 0 or none.
+  SAMK_INLINE int64_t run_end(int64_t k) const {
+    const uint64_t flip = is_zero(k) ? 0 : ~uint64_t{0};
+    uint64_t others = (bits_[k / 64] ^ flip) >> k % 64 << k % 64;
+    int64_t block = k / 64;
+    while (others == 0 && ++block * 64 < count_) others = bits_[block] ^ flip;
+    return others == 0 ? count_ : std::min<int64_t>(block * 64 + __builtin_ctzll(others), count_);
+  }
+
+  // Whether single words that are 0 lie among the others, as random masks have them. Runs of them are then
+  // too short to be worth a branch that is guessed wrong every other time.
+  bool is_scattered() const { return turns_ * 8 > count_; }
+
+ private:
+  static constexpr int64_t kMaxWords = ChunkPlan::kChunkSize / kWordBits;
+  const int64_t count_;
+  int64_t turns_ = 0;
+  uint64_t bits_[kMaxWords / 64] = {};
+};
+
+// Calls body(begin, size, is_zero) for every run of words that are 0, or are not, in a chunk of n elements.
 template <class Body>
-SAMK_INLINE void for_each_run(const uint64_t* words, int64_t n, Body body) {
-  for (int64_t i = 0; i < n;) {
-    bool is_zero = false;
-    const int64_t end = words == nullptr ? n : run_end(words, i, n, &is_zero);
-    body(i, end - i, is_zero);
-    i = end;
+SAMK_INLINE void for_each_run(const WordMap& map, int64_t n, Body body) {
+  for (int64_t k = 0, end; k < map.count(); k = end) {
+    end = map.run_end(k);
+    body(k * kWordBits, std::min(end * kWordBits, n) - k * kWordBits, map.is_zero(k));
   }
 }
 
@@ -111,13 +116,37 @@ SAMK_INLINE uint32_t bits_at(const uint64_t* words, int64_t i) {
   return static_cast<uint32_t>(words[i / kWordBits] >> (i % kWordBits)) & 0xffffu;
 }
 
-// to = from, except in words that are 0.
+// to = from, except in words that are 0. Without words all is copied.
 template <class T>
 void copy_words(T* to, const T* from, const uint64_t* words, int64_t n, bool streaming) {
-  for_each_run(words, n, [&](int64_t begin, int64_t size, bool is_zero) {
-    if (is_zero) return;
+  const auto copy = [&](int64_t begin, int64_t size) {
     sweep(size, [&](int64_t i, auto part) { part.copy(to + begin + i, from + begin + i, streaming); });
+  };
+  if (words == nullptr) return copy(0, n);
+  for_each_run(WordMap(words, n), n, [&](int64_t begin, int64_t size, bool is_zero) {
+    if (!is_zero) copy(begin, size);
   });
+}
+
+// Calls body(i, k) for every element i of the n whose bit is set, the k-th of them.
+template <class Body>
+SAMK_INLINE void for_each_selected(const uint64_t* words, int64_t n, Body body) {
+  int64_t k = 0;
+  for (int64_t word = 0; word < word_count(n); ++word) {
+    for (uint64_t left = words[word]; left != 0; left &= left - 1) {
+      body(word * kWordBits + __builtin_ctzll(left), k++);
+    }
+  }
+}
+
+// Selected elements to a compact snapshot and back, with every bit kept.
+template <class T>
+void save_selected(T* compact, const T* w, const uint64_t* words, int64_t n) {
+  for_each_selected(words, n, [&](int64_t i, int64_t k) { compact[k] = w[i]; });
+}
+template <class T>
+void restore_selected(T* w, const T* compact, const uint64_t* words, int64_t n) {
+  for_each_selected(words, n, [&](int64_t i, int64_t k) { w[i] = compact[k]; });
 }
 
 // Streaming stores need aligned addresses; 64 bytes also keeps each store within a cache line.
@@ -135,6 +164,13 @@ T* element(const samk_list& list, int32_t tensor, int64_t begin) {
 // The words of a chunk, which begins with a word; nullptr where the tensor is dense.
 inline const uint64_t* words_of(const samk_list& masks, const Chunk& chunk) {
   return element<const uint64_t>(masks, chunk.tensor, chunk.begin / kWordBits);
+}
+
+// Where the compact snapshot of a chunk begins; nullptr where the tensor has none, or a whole one.
+template <class T>
+T* compact_of(const samk_list& snapshots, const samk_list& offsets, const Chunk& chunk) {
+  const auto* first = element<const int64_t>(offsets, chunk.tensor, chunk.begin / kWordBits);
+  return first == nullptr ? nullptr : element<T>(snapshots, chunk.tensor, *first);
 }
 
 inline bool has(const samk_list& list, int32_t tensor) {

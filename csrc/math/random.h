@@ -29,10 +29,14 @@ SAMK_HD Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_
 
 // Note: [four neighbours]. One call of philox makes four words, so the counter is element / 4 and an engine
 // that holds the four elements may call it once. It takes 64 bits of counter: 32 would end at 2^34 elements.
-SAMK_HD uint32_t random_word(uint64_t seed, uint32_t step, uint32_t tensor, int64_t element) {
+SAMK_HD Words random_words(uint64_t seed, uint32_t step, uint32_t tensor, int64_t element) {
   const uint64_t four = static_cast<uint64_t>(element) >> 2;
-  const Words words = philox(static_cast<uint32_t>(four), static_cast<uint32_t>(four >> 32), tensor, step,
-                             static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  return philox(static_cast<uint32_t>(four), static_cast<uint32_t>(four >> 32), tensor, step,
+                static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+}
+
+SAMK_HD uint32_t random_word(uint64_t seed, uint32_t step, uint32_t tensor, int64_t element) {
+  const Words words = random_words(seed, step, tensor, element);
   const uint32_t low = element & 1 ? words.x1 : words.x0, high = element & 1 ? words.x3 : words.x2;
   return element & 2 ? high : low;
 }

@@ -103,6 +103,10 @@ class Foreach:
         peak: Tensor | None = None,
         tensor_scale: Tensor | None = None,
     ) -> None:
+        if group.offsets is not None:
+            # Without a whole snapshot there is nothing to take unselected elements back from.
+            arguments: dict[str, Any] = {"shape": shape, "q": q, "peak": peak, "tensor_scale": tensor_scale}
+            return reference.BACKEND.perturb_(group, norm, **arguments)
         finite = _known(torch.isfinite(norm))
         for row, members in _members(
             group, lambda t: group.snapshots[t] is not None and group.grads[t] is not None
@@ -126,6 +130,8 @@ class Foreach:
                     group.params[t].copy_(torch.where(mask, group.params[t], group.snapshots[t]))  # type: ignore[arg-type]
 
     def restore_(self, group: TensorGroup) -> None:
+        if group.offsets is not None:
+            return reference.BACKEND.restore_(group)
         members = [t for t, snapshot in enumerate(group.snapshots) if snapshot is not None]
         if members:
             many._foreach_copy_(_pick(group.params, members), _pick(group.snapshots, members))

@@ -31,6 +31,8 @@ _MOMENTS = {"square": 0, "peak": 1, "power": 2}
 _SHAPES = {"linear": 0, "sign": 1, "powered": 2}
 _RULES = {"sgd": 0, "adam": 1}
 
+_SOMEWHERE = torch.zeros(1)
+
 _CUDA_LIBRARY = "libsam_kernels_cuda.so"
 
 _ISA_VARIABLE = "SAM_KERNELS_CPU_ISA"
@@ -62,6 +64,8 @@ class Native:
         if group.dtype not in _DTYPES:
             known = ", ".join(str(dtype)[6:] for dtype in _DTYPES)
             return f"the native passes calculate in {known}, not in {str(group.dtype)[6:]}"
+        if group.compact and not library.is_cpu_engine:
+            return "the CUDA passes keep whole snapshots; compact ones are served by foreach"
         if not group.dense:
             return "a parameter is a view with gaps or overlaps, and the native passes walk whole blocks"
         if group.device.type != "cpu":
@@ -348,7 +352,10 @@ def _point_snapshots(plan: Any, group: TensorGroup) -> int:
     standing = group.standing_snapshots is not None and group.snapshots is group.standing_snapshots
     if standing and group.cache.get("native snapshots") is group.snapshots:
         return len(group.params)
-    present: int = plan.point(_native.SNAPSHOTS, "snapshots", group.snapshots, _DTYPES[group.dtype])
+    snapshots = group.snapshots
+    if group.offsets is not None:  # one of no elements has no address, yet its tensor takes part
+        snapshots = [x if x is None or x.numel() else _SOMEWHERE for x in snapshots]
+    present: int = plan.point(_native.SNAPSHOTS, "snapshots", snapshots, _DTYPES[group.dtype])
     group.cache["native snapshots"] = group.snapshots if standing else None
     return present
 
@@ -357,10 +364,11 @@ def _point_masks(plan: Any, group: TensorGroup) -> None:
     """Masks stand where they are between steps; their addresses are read when the list is another."""
     if group.cache.get("native masks") is group.masks:
         return
-    if group.masks is None:
-        plan.forget_masks()
-    else:
+    plan.forget_masks()
+    if group.masks is not None:
         plan.point(_native.MASKS, "masks", group.masks, 0, torch.int64)
+    if group.offsets is not None:
+        plan.point(_native.OFFSETS, "offsets", group.offsets, 0, torch.int64)
     group.cache["native masks"] = group.masks
 
 

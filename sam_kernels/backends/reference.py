@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bitmask import unpack
-from ..tensor_groups import ADAPTIVE, FIXED, Column, TensorGroup
+from ..bitmask import flatten, unpack
+from ..tensor_groups import ADAPTIVE, FIXED, Column, TensorGroup, put_back
 from . import torch_selection
 
 Row = list[float]  # one row of the table of scalars, indexed by Column
@@ -160,6 +160,21 @@ def mask_of(group: TensorGroup, t: int) -> Tensor | None:
     return None if words is None else unpack(words, group.params[t])
 
 
+def is_compact(group: TensorGroup, t: int) -> bool:
+    """Whether the snapshot of tensor t holds the elements under its mask alone."""
+    return group.offsets is not None and group.offsets[t] is not None
+
+
+def whole_snapshot(group: TensorGroup, t: int) -> Tensor | None:
+    """The weights of tensor t as they were before the perturbation; None where it was not perturbed."""
+    snapshot, mask = group.snapshots[t], mask_of(group, t)
+    if snapshot is None or mask is None or not is_compact(group, t):
+        return snapshot
+    whole = torch.empty_like(group.params[t]).copy_(group.params[t])
+    put_back(whole, mask, snapshot)
+    return whole
+
+
 def chosen(u: Tensor, mask: Tensor | None) -> Tensor:
     """The elements under the mask, 0 elsewhere."""
     return u if mask is None else torch.where(mask, u, torch.zeros_like(u))
@@ -215,7 +230,8 @@ class Reference:
             w, g, snapshot = group.params[t], group.grads[t], group.snapshots[t]
             if snapshot is None or g is None:
                 continue
-            snapshot.copy_(w)
+            mask = mask_of(group, t)
+            snapshot.copy_(flatten(w)[flatten(mask)] if is_compact(group, t) else w)  # type: ignore[arg-type]
             if not torch.isfinite(norm):
                 continue
             wide = opmath(w)
@@ -224,12 +240,12 @@ class Reference:
             )
             largest = None if peak is None else peak.to(wide.dtype)
             moved = perturb(wide, opmath(g), scale, row, shape, q, largest).to(w.dtype)
-            mask = mask_of(group, t)
             # A choice, not a product: what is not selected keeps its bits, and 0 times inf is none.
             w.copy_(moved if mask is None else torch.where(mask, moved, w))
 
     def restore_(self, group: TensorGroup) -> None:
-        for w, snapshot in zip(group.params, group.snapshots, strict=True):
+        for t, w in enumerate(group.params):
+            snapshot = whole_snapshot(group, t)
             if snapshot is not None:
                 w.copy_(snapshot)
 
@@ -273,7 +289,7 @@ class Reference:
     ) -> None:
         unsafe = is_unsafe(guard, found_inf)
         for t, row in enumerate(rows_of(group)):
-            w, g, snapshot = group.params[t], group.grads[t], group.snapshots[t]
+            w, g, snapshot = group.params[t], group.grads[t], whole_snapshot(group, t)
             if g is None or unsafe:
                 if snapshot is not None:
                     w.copy_(snapshot)

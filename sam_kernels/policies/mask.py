@@ -121,15 +121,19 @@ class Sparse(Mask):
     Args:
         norm: "full" for the norm of the whole gradient, as published, so that ``||e|| <= rho``; "masked" for
             that of the selected weights, so that ``||e|| = rho``.
+        compact: keep snapshots of the selected weights alone, for the sake of memory.
 
     Raises:
-        ValueError: if norm is neither.
+        ValueError: if norm is neither, or compact no bool.
     """
 
     norm: Literal["full", "masked"] = field(default="full", kw_only=True)
+    compact: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         _check_choice(self, "norm", self.norm, ("full", "masked"))
+        if not isinstance(self.compact, bool):
+            raise ValueError(f"{type(self).__name__}: compact is {self.compact!r}; expected True or False")
 
     def is_due(self, step: int) -> bool:
         """Whether the mask is to be updated in step number `step`."""
@@ -270,14 +274,17 @@ class Dynamic(Ranked):
         return count - math.ceil(count * self.sparsity) if self.official_quirks else self.live(count)
 
     def kept(self, count: int, step: int) -> int:
-        """How many weights of the mask an update keeps.
+        """How many weights of the mask an update keeps; it drops no more than there are others to grow.
 
         Example:
             >>> Dynamic(0.5, drop_rate=0.5).kept(10, step=0)
             2
         """
-        live = count - count * self.sparsity if self.official_quirks else self.live(count)
-        return int(live * (1 - self.drop_rate_at(step)))
+        rest = 1 - self.drop_rate_at(step)
+        if self.official_quirks:
+            return int((count - count * self.sparsity) * rest)
+        live = self.live(count)
+        return max(int(live * rest), 2 * live - count)
 
     def grown(self, count: int, step: int) -> int:
         """How many weights an update adds; with the kept ones as many as there were.

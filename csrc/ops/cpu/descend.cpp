@@ -20,12 +20,41 @@ struct Site {
   // moved; a write of what was just read does not stream.
   template <class Body>
   SAMK_INLINE void sweep(Body body) const {
-    for_each_run(words, n, [&](int64_t begin, int64_t size, bool is_zero) {
-      const T* const olds = is_zero ? w : from;
-      sweep_streaming(size, streaming && !is_zero, [&](int64_t offset, auto part, auto stream) {
-        body(begin + offset, olds + begin + offset, part, stream);
+    const auto run = [&](int64_t begin, int64_t size, const T* olds, bool streams) {
+      sweep_streaming(size, streams, [&](int64_t offset, auto part, auto stream) {
+        body(begin + offset, olds + offset, part, stream);
       });
+    };
+    if (words == nullptr) return run(0, n, from, streaming);
+    const WordMap map(words, n);
+    if (map.is_scattered()) return sweep_scattered(map, run);
+    for_each_run(map, n, [&](int64_t begin, int64_t size, bool is_zero) {
+      run(begin, size, (is_zero ? w : from) + begin, streaming && !is_zero);
     });
+  }
+
+  // Half of the words, here and there, take as long to read as all of them: what lies between is fetched in
+  // vain. So both sides are read through, and nothing that depends on a word is a branch. Nothing streams,
+  // since the weights are in the cache then.
+  template <class Run>
+  SAMK_INLINE void sweep_scattered(const WordMap& map, Run run) const {
+    alignas(64) T olds[kWordBits];
+    for (int64_t k = 0; k < map.count(); ++k) {
+      const int64_t i = k * kWordBits, size = std::min<int64_t>(kWordBits, n - i);
+      const bool is_whole = size == kWordBits;
+      if (is_whole) merge(olds, from + i, w + i, map.is_zero(k) ? ~uint64_t{0} : 0);
+      run(i, size, is_whole ? olds : (map.is_zero(k) ? w : from) + i, false);
+    }
+  }
+
+  // The bits of b where those of the mask are set, of a elsewhere.
+  static SAMK_INLINE void merge(T* to, const T* a, const T* b, uint64_t mask) {
+    constexpr int kBlocks = kWordBits * sizeof(T) / sizeof(uint64_t);
+    uint64_t x[kBlocks], y[kBlocks];
+    std::memcpy(x, a, sizeof x);
+    std::memcpy(y, b, sizeof y);
+    for (int i = 0; i < kBlocks; ++i) x[i] = (x[i] & ~mask) | (y[i] & mask);
+    std::memcpy(to, x, sizeof x);
   }
 };
 
@@ -144,6 +173,11 @@ int descend(const samk_plan& plan, const samk_descend_args& a) {
       const T* s = element<T>(a.snapshots, chunk.tensor, chunk.begin);
       const T* g = element<T>(a.grads, chunk.tensor, chunk.begin);
       if (w == nullptr) return;
+      if (const T* compact = compact_of<const T>(a.snapshots, a.offsets, chunk)) {
+        // Back in place while the chunk is on its way through the cache; from there on as without a snapshot.
+        restore_selected(w, compact, words_of(a.masks, chunk), chunk.size);
+        s = nullptr;
+      }
       const uint64_t* words = s != nullptr ? words_of(a.masks, chunk) : nullptr;
       // Reading the weights puts them in the cache; only a write that was not read goes around it.
       const bool streaming = large && s != nullptr && can_stream(w);

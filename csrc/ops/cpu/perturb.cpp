@@ -23,24 +23,75 @@ void perturb_chunk(T* w, const T* g, T* snapshot, int64_t n, bool streaming, con
   });
 }
 
-// The same under a mask, where words that are 0 are passed over.
+// The same for a word of a mask. All is read before the first write: with words passed over here and there,
+// streaming stores among the reads made the pass up to a third slower.
+template <class T, class Math, class Stream>
+SAMK_INLINE void perturb_word(T* w, const T* g, T* snapshot, uint64_t word, const Math& math, Stream stream) {
+  using V = typename Opmath<T>::V;
+  constexpr int kPacks = kWordBits / kLanes;
+  constexpr Whole part{};
+  V old[kPacks], moved[kPacks];
+#pragma GCC unroll 4
+  for (int p = 0; p < kPacks; ++p) {
+    old[p] = part.get(w + p * kLanes);
+    moved[p] = math(old[p], part.get(g + p * kLanes));
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < kPacks; ++p) {
+    const int i = p * kLanes;
+    if constexpr (sizeof(T) >= 4) {
+      part.put(snapshot + i, old[p], stream);
+    } else {
+      part.copy(snapshot + i, w + i, stream);
+    }
+    store_where(w + i, static_cast<uint32_t>(word >> i), moved[p], old[p]);
+  }
+}
+
+// The last elements of a tensor, less than a word: as a word with nothing beyond them.
 template <class T, class Math>
-void perturb_words(T* w, const T* g, T* snapshot, const uint64_t* words, int64_t n, bool streaming,
-                   const Math& math) {
-  for_each_run(words, n, [&](int64_t begin, int64_t size, bool is_zero) {
-    if (is_zero) return;
-    sweep_streaming(size, streaming, [&](int64_t offset, auto part, auto stream) {
-      const int64_t i = begin + offset;
-      const auto old = part.get(w + i);
-      const auto moved = math(old, part.get(g + i));
-      if constexpr (sizeof(T) >= 4) {
-        part.put(snapshot + i, old, stream);
-      } else {
-        part.copy(snapshot + i, w + i, stream);
-      }
-      part.put_where(w + i, bits_at(words, i), moved);
-    });
-  });
+void perturb_rest(T* w, const T* g, T* snapshot, uint64_t word, int64_t n, const Math& math) {
+  T ws[kWordBits] = {}, gs[kWordBits] = {}, snapshots[kWordBits];
+  std::memcpy(ws, w, n * sizeof(T));
+  std::memcpy(gs, g, n * sizeof(T));
+  perturb_word(ws, gs, snapshots, word, math, std::false_type{});
+  std::memcpy(snapshot, snapshots, n * sizeof(T));
+  std::memcpy(w, ws, n * sizeof(T));
+}
+
+// A chunk under a mask, where words that are 0 are passed over.
+template <class T, class Math, class Stream>
+void perturb_words(T* w, const T* g, T* snapshot, const uint64_t* words, int64_t n, const Math& math,
+                   Stream stream) {
+  const int64_t whole = n / kWordBits;
+  for (int64_t k = 0; k < whole; ++k) {
+    if (words[k] == 0) {
+      while (k + 8 < whole && nonzero8(words + k + 1) == 0) k += 8;
+      continue;
+    }
+    const int64_t i = k * kWordBits;
+    perturb_word(w + i, g + i, snapshot + i, words[k], math, stream);
+  }
+  const int64_t i = whole * kWordBits;
+  if (i == n || words[whole] == 0) return;
+  perturb_rest(w + i, g + i, snapshot + i, words[whole], n - i, math);
+}
+
+// The same with a compact snapshot: word by word, selected elements are copied on from a whole one of that
+// word.
+template <class T, class Math>
+void perturb_compact(T* w, const T* g, T* compact, const uint64_t* words, int64_t n, const Math& math) {
+  alignas(64) T snapshot[kWordBits];
+  for (int64_t i = 0; i < n; i += kWordBits) {
+    const uint64_t word = words[i / kWordBits];
+    if (word == 0) continue;
+    if (n - i < kWordBits) {
+      perturb_rest(w + i, g + i, snapshot, word, n - i, math);
+    } else {
+      perturb_word(w + i, g + i, snapshot, word, math, std::false_type{});
+    }
+    for_each_selected(&word, kWordBits, [&](int64_t at, int64_t) { *compact++ = snapshot[at]; });
+  }
 }
 
 // What a chunk is perturbed with, whatever the metric and the shape.
@@ -49,6 +100,7 @@ struct Site {
   T* w;
   const T* g;
   T* snapshot;
+  T* compact;             // nullptr where the snapshot is whole
   const uint64_t* words;  // nullptr where the tensor is dense
   int64_t n;
   bool streaming;
@@ -57,8 +109,12 @@ struct Site {
   void perturb(const Math& math) const {
     if (words == nullptr) {
       perturb_chunk(w, g, snapshot, n, streaming, math);
+    } else if (compact != nullptr) {
+      perturb_compact(w, g, compact, words, n, math);
+    } else if (streaming) {
+      perturb_words(w, g, snapshot, words, n, math, std::true_type{});
     } else {
-      perturb_words(w, g, snapshot, words, n, streaming, math);
+      perturb_words(w, g, snapshot, words, n, math, std::false_type{});
     }
   }
 };
@@ -100,8 +156,12 @@ int perturb(const samk_plan& plan, const samk_perturb_args& a) {
           T* s = element<T>(a.snapshots, t, chunk.begin);
           const bool streaming = large && can_stream(s);
           const uint64_t* words = words_of(a.masks, chunk);
-          if (!is_safe) return copy_words(s, w, words, chunk.size, streaming);
-          const Site<T> at{w, g, s, words, chunk.size, streaming};
+          T* compact = compact_of<T>(a.snapshots, a.offsets, chunk);
+          if (!is_safe) {
+            return compact != nullptr ? save_selected(compact, w, words, chunk.size)
+                                      : copy_words(s, w, words, chunk.size, streaming);
+          }
+          const Site<T> at{w, g, s, compact, words, chunk.size, streaming};
           const double own = a.tensor_scale == nullptr ? 1.0 : a.tensor_scale[t];
           const S scale = perturb_scale<S>(row, a.shape, *a.norm, own);
           if (row[SAMK_METRIC] == SAMK_ADAPTIVE) {

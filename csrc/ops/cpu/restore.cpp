@@ -11,10 +11,14 @@ int restore(const samk_plan& plan, const samk_restore_args& a) {
     using T = decltype(type);
     for_each_chunk(plan, [&](const Chunk& chunk, int64_t) {
       T* w = element<T>(a.params, chunk.tensor, chunk.begin);
-      const T* s = element<T>(a.snapshots, chunk.tensor, chunk.begin);
-      if (w == nullptr || s == nullptr) return;
+      if (w == nullptr || !has(a.snapshots, chunk.tensor)) return;
+      const uint64_t* words = words_of(a.masks, chunk);
+      if (const T* compact = compact_of<const T>(a.snapshots, a.offsets, chunk)) {
+        restore_selected(w, compact, words, chunk.size);
+        return;
+      }
       const bool streaming = large && can_stream(w);
-      copy_words(w, s, words_of(a.masks, chunk), chunk.size, streaming);
+      copy_words(w, element<const T>(a.snapshots, chunk.tensor, chunk.begin), words, chunk.size, streaming);
     });
     return 0;
   });

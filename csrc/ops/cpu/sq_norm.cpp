@@ -40,32 +40,38 @@ double sum_chunk(const T* g, const T* w, int64_t n, const Metric& metric, const 
   return sum_lanes((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-// The sum of the elements under a mask: a word at a time, a pack of it to each accumulator, in four streams
-// as above. A word that is 0 adds nothing.
+// The sum of the elements under a mask. Runs of words that are 0 are passed over; scattered ones are summed
+// like others.
 template <class T, class Metric, class Moment>
 double sum_words(const T* g, const T* w, const uint64_t* words, int64_t n, const Metric& metric,
                  const Moment& moment) {
   using V = typename Opmath<T>::V;
   using S = typename Opmath<T>::S;
   V acc[kAccumulators] = {V(S(0)), V(S(0)), V(S(0)), V(S(0))};
-  const auto add = [&](V* sum, int64_t i, auto part) {
+  const auto term = [&](int64_t i, auto part) {
     const V d = part.get(g + i);
     V u = d;
     if constexpr (Metric::kReadsWeight) u = metric.weigh(d, part.get(w + i));
-    *sum = *sum + moment(select(bits_at(words, i), u, V(S(0))));
+    return moment(select(bits_at(words, i), u, V(S(0))));
   };
-  const auto add_word = [&](int64_t i) {
-    if (words[i / kWordBits] == 0) return;
+  const auto add_run = [&](int64_t begin, int64_t size) {
+    const int64_t end = begin + size, quarter = size / (kAccumulators * kLanes) * kLanes;
+    int64_t i = begin;
+    for (; i < begin + quarter; i += kLanes) {
 #pragma GCC unroll 4
-    for (int p = 0; p < kAccumulators; ++p) add(&acc[p], i + p * kLanes, Whole{});
+      for (int a = 0; a < kAccumulators; ++a) acc[a] = acc[a] + term(a * quarter + i, Whole{});
+    }
+    // One of the accumulators takes what is left: less than four packs and a tail.
+    for (i = begin + kAccumulators * quarter; i + kLanes <= end; i += kLanes)
+      acc[0] = acc[0] + term(i, Whole{});
+    if (i < end) acc[0] = acc[0] + term(i, Tail{static_cast<int>(end - i)});
   };
-  const int64_t quarter = n / (kAccumulators * kWordBits) * kWordBits;
-  for (int64_t i = 0; i < quarter; i += kWordBits) {
-    for (int a = 0; a < kAccumulators; ++a) add_word(a * quarter + i);
+  const WordMap map(words, n);
+  const bool scattered = map.is_scattered();
+  for (int64_t k = 0, end; k < map.count(); k = end) {
+    end = scattered ? map.count() : map.run_end(k);
+    if (scattered || !map.is_zero(k)) add_run(k * kWordBits, std::min(end * kWordBits, n) - k * kWordBits);
   }
-  int64_t i = kAccumulators * quarter;
-  for (; i + kWordBits <= n; i += kWordBits) add_word(i);
-  sweep(n - i, [&](int64_t offset, auto part) { add(&acc[0], i + offset, part); });
   return sum_lanes((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 

@@ -1,5 +1,5 @@
-#include "engine/cuda.cuh"
 #include "engine/launch.cuh"
+#include "engine/masked.cuh"
 #include "math/descent.h"
 
 namespace samk {
@@ -7,7 +7,7 @@ namespace {
 
 enum List { kParams, kGrads, kSources, kState0, kState1, kStep };  // sources: snapshots, or masters
 template <int kRule>
-constexpr int kListsOf = kRule == SAMK_SGD ? kState0 + 1 : kStep + 1;
+constexpr int kListsOf = kRule == SAMK_SGD ? kState0 + 1 : kStep + 1;  // and the masks, where there are some
 
 struct Scalars {
   const double* table;
@@ -26,11 +26,22 @@ __device__ __forceinline__ bool is_safe(const Scalars& scalars) {
          (scalars.found_inf == nullptr || *scalars.found_inf == 0.0f);
 }
 
-// w = source: the same bits, or the rounded master.
+// Where the weights of a pack are as they were before the perturbation: in a word that is 0 nothing was
+// perturbed, and there is no snapshot of it.
+template <class M>
+__device__ __forceinline__ const M* unperturbed(const M* w, const M* snapshot, Word word) {
+  return word.is_empty() ? w : snapshot;
+}
 template <class W, class M>
-__device__ __forceinline__ void restore_chunk(W* w, const M* source, int n) {
+__device__ __forceinline__ const M* unperturbed(const W*, const M* source, Everything) {
+  return source;
+}
+
+// w = source: the same bits, or the rounded master.
+template <class W, class M, class Words>
+__device__ __forceinline__ void restore_chunk(W* w, const M* source, int n, const Words& mask) {
   if constexpr (std::is_same<W, M>::value) {
-    copy_chunk(w, source, n);
+    copy_chunk(w, source, n, mask);
   } else {
     sweep<pack_width<W>(), 1>(
         n, are_aligned(w, source), [&](int i, auto access) { return access.get(source + i); },
@@ -63,25 +74,25 @@ __device__ __forceinline__ void put_weights(W* w, M* master, int i, const V (&x)
   }
 }
 
-template <int kUnroll, class W, class G, class M>
+template <int kUnroll, class W, class G, class M, class Words>
 __device__ __forceinline__ void sgd_chunk(W* w, const G* g, M* source, M* buffer, bool is_fresh, int n,
-                                          const Decayed<typename Stored<M>::S>& decay,
+                                          const Words& mask, const Decayed<typename Stored<M>::S>& decay,
                                           const Sgd<typename Stored<M>::S>& rule) {
   using V = Lane<typename Stored<M>::S>;
   const bool reads_buffer = buffer != nullptr && !is_fresh;
-  const auto load = [&](int i, auto access) {
+  const auto load = [&](int i, auto word, auto access) {
     constexpr int kWidth = decltype(access)::kWidth;
     struct {
       Raw<M, kWidth> w, b;
       Raw<G, kWidth> g;
     } x;
-    x.w = access.get(source + i);
+    x.w = access.get(unperturbed(w, source, word) + i);
     x.g = access.get(g + i);
     if (reads_buffer) x.b = access.get(buffer + i);
     return x;
   };
   sweep<pack_width<W, G>(), kUnroll>(
-      n, are_aligned(w, g, source, buffer), load, [&](int i, const auto& x, auto access) {
+      n, are_aligned(w, g, source, buffer), mask, load, [&](int i, auto, const auto& x, auto access) {
         constexpr int kWidth = decltype(access)::kWidth;
         V moved[kWidth];
         Raw<M, kWidth> kept;
@@ -102,25 +113,25 @@ __device__ __forceinline__ void sgd_chunk(W* w, const G* g, M* source, M* buffer
       });
 }
 
-template <int kUnroll, class W, class G, class M>
+template <int kUnroll, class W, class G, class M, class Words>
 __device__ __forceinline__ void adam_chunk(W* w, const G* g, M* source, M* first, M* second, int n,
-                                           const Decayed<typename Stored<M>::S>& decay,
+                                           const Words& mask, const Decayed<typename Stored<M>::S>& decay,
                                            const Adam<typename Stored<M>::S>& rule) {
   using V = Lane<typename Stored<M>::S>;
-  const auto load = [&](int i, auto access) {
+  const auto load = [&](int i, auto word, auto access) {
     constexpr int kWidth = decltype(access)::kWidth;
     struct {
       Raw<M, kWidth> w, m, v;
       Raw<G, kWidth> g;
     } x;
-    x.w = access.get(source + i);
+    x.w = access.get(unperturbed(w, source, word) + i);
     x.g = access.get(g + i);
     x.m = access.get(first + i);
     x.v = access.get(second + i);
     return x;
   };
-  sweep<pack_width<W, G>(), kUnroll>(n, are_aligned(w, g, source, first, second), load,
-                                     [&](int i, const auto& x, auto access) {
+  sweep<pack_width<W, G>(), kUnroll>(n, are_aligned(w, g, source, first, second), mask, load,
+                                     [&](int i, auto, const auto& x, auto access) {
                                        constexpr int kWidth = decltype(access)::kWidth;
                                        V moved[kWidth];
                                        Raw<M, kWidth> m, v;
@@ -172,21 +183,23 @@ class AdamScalars {
 //   fp64                             2 x 2               48  2 x 2  64
 //   half gradients of fp32 weights,
 //   or fp32 masters of half ones     2 x 2               80  2 x 1  56
-template <class W, class G, bool kHasMasters, int kRule>
+// Under masks Adam in fp32 has 3 blocks and 48 KB: words take registers too.
+template <class W, class G, bool kHasMasters, int kRule, bool kHasMasks>
 struct Tuning {
   using M = Source<W, kHasMasters>;
   static constexpr int kWidth = pack_width<W, G>();
-  static constexpr int kBlocks = kWidth == 4 ? kBlocksPerSm : sizeof(M) == 2 ? 3 : kBlocksPerSmHeavy;
+  static constexpr int kBlocksOfFour = kHasMasks && kRule == SAMK_ADAM ? 3 : kBlocksPerSm;
+  static constexpr int kBlocks = kWidth == 4 ? kBlocksOfFour : sizeof(M) == 2 ? 3 : kBlocksPerSmHeavy;
   static constexpr int kUnroll = kRule == SAMK_SGD ? (kWidth == 4 ? 1 : 2) : (kWidth == 2 ? 2 : 1);
   static constexpr int kBytes = sizeof(G) + sizeof(M) * (kRule == SAMK_SGD ? 2 : 3);  // read for an element
   static_assert(kBlocks * kThreads * kUnroll * kWidth * kBytes >= kBytesInFlight,
                 "memory would wait for threads");
 };
 
-template <class W, class G, bool kHasMasters, int kRule>
-__global__ void __launch_bounds__(kThreads, Tuning<W, G, kHasMasters, kRule>::kBlocks)
-    descend_kernel(const __grid_constant__ Parameters<kListsOf<kRule>, Scalars> p) {
-  using T = Tuning<W, G, kHasMasters, kRule>;
+template <class W, class G, bool kHasMasters, int kRule, bool kHasMasks>
+__global__ void __launch_bounds__(kThreads, Tuning<W, G, kHasMasters, kRule, kHasMasks>::kBlocks)
+    descend_kernel(const __grid_constant__ Parameters<kListsOf<kRule> + kHasMasks, Scalars> p) {
+  using T = Tuning<W, G, kHasMasters, kRule, kHasMasks>;
   using M = Source<W, kHasMasters>;
   using S = typename Stored<M>::S;
   const auto& tensors = p.tensors;
@@ -198,8 +211,9 @@ __global__ void __launch_bounds__(kThreads, Tuning<W, G, kHasMasters, kRule>::kB
     if (w == nullptr || chunk.size == 0) return;
     const G* g = element<const G>(tensors, kGrads, chunk);
     M* source = element<M>(tensors, kSources, chunk);
+    const auto mask = find_mask<MaskOf<kHasMasks>>(tensors, kListsOf<kRule>, chunk);
     if (g == nullptr || !safe) {
-      if (source != nullptr) restore_chunk(w, source, chunk.size);
+      if (source != nullptr) restore_chunk(w, source, chunk.size, mask);
       return;
     }
     if (source == nullptr) {
@@ -211,11 +225,13 @@ __global__ void __launch_bounds__(kThreads, Tuning<W, G, kHasMasters, kRule>::kB
     const auto decay = decayed<S>(row, kRule, inv_scale);
     if constexpr (kRule == SAMK_SGD) {
       M* buffer = row[SAMK_MOMENTUM] != 0 ? element<M>(tensors, kState0, chunk) : nullptr;
-      sgd_chunk<T::kUnroll>(w, g, source, buffer, (tagged & kFlag) != 0, chunk.size, decay, sgd<S>(row));
+      sgd_chunk<T::kUnroll>(w, g, source, buffer, (tagged & kFlag) != 0, chunk.size, mask, decay,
+                            sgd<S>(row));
     } else {
       const float step = *static_cast<const float*>(tensors.data[kStep][chunk.tensor]);
       adam_chunk<T::kUnroll>(w, g, source, element<M>(tensors, kState0, chunk),
-                             element<M>(tensors, kState1, chunk), chunk.size, decay, adam_scalars(row, step));
+                             element<M>(tensors, kState1, chunk), chunk.size, mask, decay,
+                             adam_scalars(row, step));
     }
   });
   if constexpr (kRule == SAMK_ADAM) {
@@ -247,8 +263,10 @@ extern "C" int samk_descend(const samk_plan* plan, const samk_descend_args* a) {
   unsigned* counter = a->workspace == nullptr ? nullptr : Workspace(a->workspace).counter;
   const Scalars scalars{a->table, a->guard, a->found_inf, a->inv_scale, counter};
   const Site site{"descend_", *plan, a->row, a->fresh, a->queue.device, a->queue.stream};
+  const int masks = a->rule == SAMK_SGD ? kListsOf<SAMK_SGD> : kListsOf<SAMK_ADAM>;
   const auto run = [&](auto kernel, int blocks) {
     return launch(site, kernel, blocks, scalars, [&](int list, int32_t t) -> void* {
+      if (list == masks) return at(a->masks, t);
       switch (list) {
         case kParams:
           return at(a->params, t);
@@ -263,18 +281,22 @@ extern "C" int samk_descend(const samk_plan* plan, const samk_descend_args* a) {
       }
     });
   };
-  const auto ruled = [&](auto w, auto g, auto masters) {
+  const auto ruled = [&](auto w, auto g, auto masters, auto masked) {
     using W = decltype(w);
     using G = decltype(g);
-    constexpr bool kHas = decltype(masters)::value;
-    return a->rule == SAMK_SGD
-               ? run(descend_kernel<W, G, kHas, SAMK_SGD>, Tuning<W, G, kHas, SAMK_SGD>::kBlocks)
-               : run(descend_kernel<W, G, kHas, SAMK_ADAM>, Tuning<W, G, kHas, SAMK_ADAM>::kBlocks);
+    constexpr bool kMasters = decltype(masters)::value, kHas = decltype(masked)::value;
+    return a->rule == SAMK_SGD ? run(descend_kernel<W, G, kMasters, SAMK_SGD, kHas>,
+                                     Tuning<W, G, kMasters, SAMK_SGD, kHas>::kBlocks)
+                               : run(descend_kernel<W, G, kMasters, SAMK_ADAM, kHas>,
+                                     Tuning<W, G, kMasters, SAMK_ADAM, kHas>::kBlocks);
   };
   if (has_masters) {
+    // Masters are whole, and weights that were not perturbed are the rounded masters: no mask is asked.
     return with_masters("descend_", a->params.dtype, a->grads.dtype, a->masters.dtype,
-                        [&](auto w) { return ruled(w, w, std::true_type{}); });
+                        [&](auto w) { return ruled(w, w, std::true_type{}, std::false_type{}); });
   }
-  return with_dtypes("descend_", a->params.dtype, a->grads.dtype,
-                     [&](auto w, auto g) { return ruled(w, g, std::false_type{}); });
+  return with_dtypes("descend_", a->params.dtype, a->grads.dtype, [&](auto w, auto g) {
+    return a->masks.data == nullptr ? ruled(w, g, std::false_type{}, std::false_type{})
+                                    : ruled(w, g, std::false_type{}, std::true_type{});
+  });
 }

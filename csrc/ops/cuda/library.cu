@@ -74,11 +74,6 @@ int find_obstacle(int device, std::string* obstacle) {
 
 extern "C" {
 
-int samk_accumulate(const samk_plan*, const samk_accumulate_args*) { return samk::fail("not there yet"); }
-int samk_count(const samk_plan*, const samk_count_args*) { return samk::fail("not there yet"); }
-int samk_mark(const samk_plan*, const samk_mark_args*) { return samk::fail("not there yet"); }
-
-
 samk_plan* samk_plan_create(const int64_t* numel, int64_t count) {
   if (count < 0 || count > INT32_MAX) {
     samk::fail("samk_plan_create: " + std::to_string(count) + " tensors; expected 0 to 2147483647");

@@ -1,12 +1,12 @@
-#include "engine/cuda.cuh"
 #include "engine/launch.cuh"
+#include "engine/masked.cuh"
 #include "math/metric.h"
 #include "math/perturb.h"
 
 namespace samk {
 namespace {
 
-enum List { kParams, kGrads, kOthers, kTensorScale, kLists };  // others: snapshots, or masters
+enum List { kParams, kGrads, kOthers, kTensorScale, kMasks };  // others: snapshots, or masters
 
 struct Scalars {
   const double* table;
@@ -15,7 +15,8 @@ struct Scalars {
   double q;
 };
 
-using P = Parameters<kLists, Scalars>;
+template <bool kHasMasks>
+using P = Parameters<kMasks + kHasMasks, Scalars>;
 
 template <int kShape, class S>
 __device__ __forceinline__ auto make_shape(const Scalars& scalars) {
@@ -34,51 +35,64 @@ struct Two {
   B b;
 };
 
-// snapshot = w; w = math(w, g). The snapshot takes the bits, so that it keeps the payload of a NaN.
-template <int kUnroll, class W, class G, class Math>
-__device__ __forceinline__ void perturb_chunk(W* w, const G* g, W* snapshot, int n, const Math& math) {
+// The packs at i of both lists, where something in their word is selected.
+template <class A, class B, class Word, class Access>
+__device__ __forceinline__ auto load_two(const A* a, const B* b, int i, Word word, Access access) {
+  Two<Raw<A, Access::kWidth>, Raw<B, Access::kWidth>> x{};
+  if (!word.is_empty()) {
+    x.a = access.get(a + i);
+    x.b = access.get(b + i);
+  }
+  return x;
+}
+
+// snapshot = w; w = math(w, g). The snapshot takes the bits, so that it keeps the payload of a NaN, and so do
+// the weights that are not selected.
+template <int kUnroll, class W, class G, class M, class Math>
+__device__ __forceinline__ void perturb_chunk(W* w, const G* g, W* snapshot, int n, const M& mask,
+                                              const Math& math) {
   using V = Lane<typename Stored<W>::S>;
-  constexpr int kWidth = pack_width<W, G>();
-  const auto load = [&](int i, auto access) {
-    constexpr int kPack = decltype(access)::kWidth;
-    return Two<Raw<W, kPack>, Raw<G, kPack>>{access.get(w + i), access.get(g + i)};
-  };
-  sweep<kWidth, kUnroll>(n, are_aligned(w, g, snapshot), load, [&](int i, const auto& x, auto access) {
-    auto moved = x.a;
+  const auto load = [&](int i, auto word, auto access) { return load_two(w, g, i, word, access); };
+  constexpr int kWidth = pack_width<W, G>(), kBytes = kWidth * (sizeof(W) + sizeof(G));
+  sweep<kWidth, kUnrollOf<M, kUnroll, kBytes>>(
+      n, are_aligned(w, g, snapshot), mask, load, [&](int i, auto word, const auto& x, auto access) {
+        if (word.is_empty()) return;
+        auto moved = x.a;
 #pragma unroll
-    for (int k = 0; k < decltype(access)::kWidth; ++k) {
-      moved.v[k] = narrow<W>(math(V(widen(x.a.v[k]).x), V(widen(x.b.v[k]).x)));
-    }
-    access.put(snapshot + i, x.a);
-    access.put(w + i, moved);
-  });
+        for (int k = 0; k < decltype(access)::kWidth; ++k) {
+          if (word.has(k)) moved.v[k] = narrow<W>(math(V(widen(x.a.v[k]).x), V(widen(x.b.v[k]).x)));
+        }
+        access.put(snapshot + i, x.a);
+        access.put(w + i, moved);
+      });
 }
 
 // w = round(math(master, g)); the master stays.
-template <int kUnroll, class W, class G, class Math>
-__device__ __forceinline__ void perturb_chunk(W* w, const G* g, const float* master, int n,
+template <int kUnroll, class W, class G, class M, class Math>
+__device__ __forceinline__ void perturb_chunk(W* w, const G* g, const float* master, int n, const M& mask,
                                               const Math& math) {
   using V = Lane<float>;
-  constexpr int kWidth = pack_width<W, G>();
-  const auto load = [&](int i, auto access) {
-    constexpr int kPack = decltype(access)::kWidth;
-    return Two<Raw<float, kPack>, Raw<G, kPack>>{access.get(master + i), access.get(g + i)};
-  };
-  sweep<kWidth, kUnroll>(n, are_aligned(w, g, master), load, [&](int i, const auto& x, auto access) {
-    Raw<W, decltype(access)::kWidth> moved;
+  const auto load = [&](int i, auto word, auto access) { return load_two(master, g, i, word, access); };
+  constexpr int kWidth = pack_width<W, G>(), kBytes = kWidth * (sizeof(float) + sizeof(G));
+  sweep<kWidth, kUnrollOf<M, kUnroll, kBytes>>(
+      n, are_aligned(w, g, master), mask, load, [&](int i, auto word, const auto& x, auto access) {
+        if (word.is_empty()) return;
+        Raw<W, decltype(access)::kWidth> moved;
+        if constexpr (std::is_same<M, Mask>::value) moved = access.get(w + i);
 #pragma unroll
-    for (int k = 0; k < decltype(access)::kWidth; ++k) {
-      moved.v[k] = narrow<W>(math(V(x.a.v[k]), V(widen(x.b.v[k]).x)));
-    }
-    access.put(w + i, moved);
-  });
+        for (int k = 0; k < decltype(access)::kWidth; ++k) {
+          if (word.has(k)) moved.v[k] = narrow<W>(math(V(x.a.v[k]), V(widen(x.b.v[k]).x)));
+        }
+        access.put(w + i, moved);
+      });
 }
 
 template <int kShape>
 constexpr int kBlocks = kShape == SAMK_POWERED ? kBlocksPerSmHeavy : kBlocksPerSm;
 
-template <class W, class G, class Other, int kShape>
-__global__ void __launch_bounds__(kThreads, kBlocks<kShape>) perturb_kernel(const __grid_constant__ P p) {
+template <class W, class G, class Other, int kShape, bool kHasMasks>
+__global__ void __launch_bounds__(kThreads, kBlocks<kShape>)
+    perturb_kernel(const __grid_constant__ P<kHasMasks> p) {
   constexpr bool kHasMaster = std::is_const<Other>::value;
   constexpr int kUnroll = kShape == SAMK_POWERED ? 1 : 2;
   using S = typename Stored<W>::S;
@@ -91,8 +105,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kShape>) perturb_kernel(cons
     const G* g = element<const G>(tensors, kGrads, chunk);
     Other* other = element<Other>(tensors, kOthers, chunk);
     if (w == nullptr || g == nullptr || other == nullptr || row[SAMK_METRIC] == SAMK_FIXED) return;
+    const auto mask = find_mask<MaskOf<kHasMasks>>(tensors, kMasks, chunk);
     if (!is_safe) {
-      if constexpr (!kHasMaster) copy_chunk(other, static_cast<const W*>(w), chunk.size);
+      if constexpr (!kHasMaster) copy_chunk(other, static_cast<const W*>(w), chunk.size, mask);
       return;
     }
     const double* own = static_cast<const double*>(tensors.data[kTensorScale][chunk.tensor]);
@@ -101,9 +116,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kShape>) perturb_kernel(cons
     using Shape = std::remove_const_t<decltype(shape)>;
     if (row[SAMK_METRIC] == SAMK_ADAPTIVE) {
       const Adaptive<S> metric{static_cast<S>(row[SAMK_ETA])};
-      perturb_chunk<kUnroll>(w, g, other, chunk.size, Perturb<S, Adaptive<S>, Shape>{scale, metric, shape});
+      perturb_chunk<kUnroll>(w, g, other, chunk.size, mask,
+                             Perturb<S, Adaptive<S>, Shape>{scale, metric, shape});
     } else {
-      perturb_chunk<kUnroll>(w, g, other, chunk.size, Perturb<S, Euclidean, Shape>{scale, {}, shape});
+      perturb_chunk<kUnroll>(w, g, other, chunk.size, mask, Perturb<S, Euclidean, Shape>{scale, {}, shape});
     }
   });
 }
@@ -121,21 +137,27 @@ extern "C" int samk_perturb(const samk_plan* plan, const samk_perturb_args* a) {
       if (list == kParams) return at(a->params, t);
       if (list == kGrads) return at(a->grads, t);
       if (list == kOthers) return at(has_masters ? a->masters : a->snapshots, t);
+      if (list == kMasks) return at(a->masks, t);
       return a->tensor_scale == nullptr ? nullptr : const_cast<double*>(a->tensor_scale + t);
     });
   };
-  const auto shaped = [&](auto w, auto g, auto* other) {
+  const auto masked = [&](auto w, auto g, auto* other, auto masks) {
     using W = decltype(w);
     using G = decltype(g);
     using Other = std::remove_pointer_t<decltype(other)>;
+    constexpr bool kHas = decltype(masks)::value;
     switch (a->shape) {
       case SAMK_SIGN:
-        return run(perturb_kernel<W, G, Other, SAMK_SIGN>, kBlocks<SAMK_SIGN>);
+        return run(perturb_kernel<W, G, Other, SAMK_SIGN, kHas>, kBlocks<SAMK_SIGN>);
       case SAMK_POWERED:
-        return run(perturb_kernel<W, G, Other, SAMK_POWERED>, kBlocks<SAMK_POWERED>);
+        return run(perturb_kernel<W, G, Other, SAMK_POWERED, kHas>, kBlocks<SAMK_POWERED>);
       default:
-        return run(perturb_kernel<W, G, Other, SAMK_LINEAR>, kBlocks<SAMK_LINEAR>);
+        return run(perturb_kernel<W, G, Other, SAMK_LINEAR, kHas>, kBlocks<SAMK_LINEAR>);
     }
+  };
+  const auto shaped = [&](auto w, auto g, auto* other) {
+    return a->masks.data == nullptr ? masked(w, g, other, std::false_type{})
+                                    : masked(w, g, other, std::true_type{});
   };
   if (has_masters) {
     return with_masters("perturb_", a->params.dtype, a->grads.dtype, a->masters.dtype,

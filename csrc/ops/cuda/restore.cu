@@ -1,23 +1,25 @@
-#include "engine/cuda.cuh"
 #include "engine/launch.cuh"
+#include "engine/masked.cuh"
 
 namespace samk {
 namespace {
 
-enum List { kParams, kSnapshots, kLists };
+enum List { kParams, kSnapshots, kMasks };
 
 struct Scalars {};
 
-using P = Parameters<kLists, Scalars>;
+template <bool kHasMasks>
+using P = Parameters<kMasks + kHasMasks, Scalars>;
 
 // Bits, not numbers: any type of that size.
-template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) restore_kernel(const __grid_constant__ P p) {
+template <class T, bool kHasMasks>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    restore_kernel(const __grid_constant__ P<kHasMasks> p) {
   for_each_chunk<Order::kForward>(p.tensors, [&](const Chunk& chunk) {
     T* w = element<T>(p.tensors, kParams, chunk);
     const T* s = element<const T>(p.tensors, kSnapshots, chunk);
     if (w == nullptr || s == nullptr) return;
-    copy_chunk(w, s, chunk.size);
+    copy_chunk(w, s, chunk.size, find_mask<MaskOf<kHasMasks>>(p.tensors, kMasks, chunk));
   });
 }
 
@@ -26,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) restore_kernel(const _
 // Every source is compiled for the same targets, so one kernel speaks for all.
 cudaError_t find_kernels() {
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, restore_kernel<uint32_t>);
+  return cudaFuncGetAttributes(&attributes, restore_kernel<uint32_t, false>);
 }
 
 }  // namespace samk
@@ -36,15 +38,20 @@ extern "C" int samk_restore(const samk_plan* plan, const samk_restore_args* a) {
   const Site site{"restore_", *plan, nullptr, nullptr, a->queue.device, a->queue.stream};
   if (a->params.dtype != a->snapshots.dtype) return fail("restore_: weights and snapshots differ in dtype");
   const auto run = [&](auto kernel) {
-    return launch(site, kernel, kBlocksPerSm, Scalars{},
-                  [&](int list, int32_t t) { return at(list == kParams ? a->params : a->snapshots, t); });
+    return launch(site, kernel, kBlocksPerSm, Scalars{}, [&](int list, int32_t t) {
+      return at(list == kParams ? a->params : list == kSnapshots ? a->snapshots : a->masks, t);
+    });
+  };
+  const auto typed = [&](auto bits) {
+    using T = decltype(bits);
+    return a->masks.data == nullptr ? run(restore_kernel<T, false>) : run(restore_kernel<T, true>);
   };
   switch (a->params.dtype) {
     case SAMK_F64:
-      return run(restore_kernel<uint64_t>);
+      return typed(uint64_t{});
     case SAMK_F32:
-      return run(restore_kernel<uint32_t>);
+      return typed(uint32_t{});
     default:
-      return run(restore_kernel<uint16_t>);
+      return typed(uint16_t{});
   }
 }

@@ -1,12 +1,12 @@
-#include "engine/cuda.cuh"
 #include "engine/launch.cuh"
+#include "engine/masked.cuh"
 #include "math/metric.h"
 #include "math/power.h"
 
 namespace samk {
 namespace {
 
-enum List { kGrads, kParams, kPerTensor, kLists };
+enum List { kGrads, kParams, kPerTensor, kMasks };
 
 struct Scalars {
   const double* table;
@@ -17,7 +17,8 @@ struct Scalars {
   unsigned* counter;
 };
 
-using P = Parameters<kLists, Scalars>;
+template <bool kHasMasks>
+using P = Parameters<kMasks + kHasMasks, Scalars>;
 
 // NaN on either side stays: the comparison is written so that it is never dropped.
 struct Larger {
@@ -42,25 +43,28 @@ struct Pair {
 
 // What this thread's elements of the chunk add up to. Sums are fp32 inside a chunk on purpose: a thread adds
 // a few hundred numbers, and across chunks they are fp64.
-template <class G, class W, class Metric, class Term>
-__device__ __forceinline__ double sum_thread(const G* g, const W* w, int n, const Metric& metric,
-                                             const Term& term) {
+template <class G, class W, class M, class Metric, class Term>
+__device__ __forceinline__ double sum_thread(const G* g, const W* w, int n, const M& mask,
+                                             const Metric& metric, const Term& term) {
   using V = Lane<typename Stored<W>::S>;
   constexpr int kWidth = Metric::kReadsWeight ? pack_width<G, W>() : pack_width<G>();
   V sums[kWidth];
 #pragma unroll
   for (V& sum : sums) sum = V(0);
-  const auto load = [&](int i, auto access) {
+  const auto load = [&](int i, auto word, auto access) {
     constexpr int kPack = decltype(access)::kWidth;
-    if constexpr (Metric::kReadsWeight) {
-      return Pair<Raw<G, kPack>, Raw<W, kPack>>{access.get(g + i), access.get(w + i)};
-    } else {
-      return Pair<Raw<G, kPack>, char>{access.get(g + i), 0};
+    Pair<Raw<G, kPack>, std::conditional_t<Metric::kReadsWeight, Raw<W, kPack>, char>> x{};
+    if (!word.is_empty()) {
+      x.g = access.get(g + i);
+      if constexpr (Metric::kReadsWeight) x.w = access.get(w + i);
     }
+    return x;
   };
-  const auto add = [&](int, const auto& x, auto access) {
+  const auto add = [&](int, auto word, const auto& x, auto access) {
+    if (word.is_empty()) return;
 #pragma unroll
     for (int k = 0; k < decltype(access)::kWidth; ++k) {
+      if (!word.has(k)) continue;
       const V d(widen(x.g.v[k]).x);
       if constexpr (Metric::kReadsWeight) {
         term(sums[k], metric.weigh(d, V(widen(x.w.v[k]).x)));
@@ -71,14 +75,17 @@ __device__ __forceinline__ double sum_thread(const G* g, const W* w, int n, cons
   };
   bool is_aligned = are_aligned(g);
   if constexpr (Metric::kReadsWeight) is_aligned = are_aligned(g, w);
-  sweep_in_order<kWidth, Term::kUnroll>(n, is_aligned, load, add);
+  constexpr int kBytes = sizeof(G) + (Metric::kReadsWeight ? sizeof(W) : 0);
+  sweep_in_order<kWidth, kUnrollOf<M, Term::kUnroll, kWidth * kBytes>>(n, is_aligned, mask, load, add);
   const double total = term.total(sums);
   if constexpr (Term::kSquares && std::is_same<typename V::Scalar, float>::value) {
     if (!(total <= kLargeSum) || (total != 0 && total < kSmallSum)) {
       double wide = 0;
-      sweep_in_order<kWidth, 1>(n, is_aligned, load, [&](int, const auto& x, auto access) {
+      sweep_in_order<kWidth, 1>(n, is_aligned, mask, load, [&](int, auto word, const auto& x, auto access) {
+        if (word.is_empty()) return;
 #pragma unroll
         for (int k = 0; k < decltype(access)::kWidth; ++k) {
+          if (!word.has(k)) continue;
           const Lane<double> d(widen(x.g.v[k]).x);
           Lane<double> u = d;
           if constexpr (Metric::kReadsWeight) u = metric.weigh(d, Lane<double>(widen(x.w.v[k]).x));
@@ -141,8 +148,9 @@ __device__ __forceinline__ auto make_term(const Scalars& scalars) {
 template <int kMoment>
 constexpr int kBlocks = kMoment == SAMK_POWER ? kBlocksPerSmHeavy : kBlocksPerSm;
 
-template <class G, class W, int kMoment>
-__global__ void __launch_bounds__(kThreads, kBlocks<kMoment>) sq_norm_kernel(const __grid_constant__ P p) {
+template <class G, class W, int kMoment, bool kHasMasks>
+__global__ void __launch_bounds__(kThreads, kBlocks<kMoment>)
+    sq_norm_kernel(const __grid_constant__ P<kHasMasks> p) {
   using S = typename Stored<W>::S;
   using Join = std::conditional_t<kMoment == SAMK_PEAK, Larger, Add>;
   const auto& tensors = p.tensors;
@@ -155,10 +163,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMoment>) sq_norm_kernel(con
     double sum[1] = {0};
     if (g != nullptr && chunk.size > 0 && row[SAMK_METRIC] != SAMK_FIXED) {
       const auto term = make_term<kMoment, S>(p.scalars);
+      const auto mask = find_mask<MaskOf<kHasMasks>>(tensors, kMasks, chunk);
       if (row[SAMK_METRIC] == SAMK_ADAPTIVE) {
-        sum[0] = sum_thread(g, w, chunk.size, Adaptive<S>{static_cast<S>(row[SAMK_ETA])}, term);
+        sum[0] = sum_thread(g, w, chunk.size, mask, Adaptive<S>{static_cast<S>(row[SAMK_ETA])}, term);
       } else {
-        sum[0] = sum_thread(g, w, chunk.size, Euclidean{}, term);
+        sum[0] = sum_thread(g, w, chunk.size, mask, Euclidean{}, term);
       }
       join(sum, Join{});
     }
@@ -201,23 +210,28 @@ extern "C" int samk_sq_norm(const samk_plan* plan, const samk_sq_norm_args* a) {
   const Site site{"sq_norm", *plan, a->row, nullptr, a->queue.device, a->queue.stream};
   if (plan->launches.count() == 0) return clear(site, a->out, 1);
   const int32_t weight = a->params.data == nullptr ? a->grads.dtype : a->params.dtype;
-  return with_dtypes("sq_norm", weight, a->grads.dtype, [&](auto w, auto g) {
+  const auto run = [&](auto kernel, int blocks) {
+    return launch(site, kernel, blocks, scalars, [&](int list, int32_t t) -> void* {
+      if (list == kGrads) return at(a->grads, t);
+      if (list == kParams) return at(a->params, t);
+      if (list == kMasks) return at(a->masks, t);
+      return a->per_tensor == nullptr ? nullptr : a->per_tensor + t;
+    });
+  };
+  const auto masked = [&](auto w, auto g, auto masks) {
     using W = decltype(w);
     using G = decltype(g);
-    const auto run = [&](auto kernel, int blocks) {
-      return launch(site, kernel, blocks, scalars, [&](int list, int32_t t) -> void* {
-        if (list == kGrads) return at(a->grads, t);
-        if (list == kParams) return at(a->params, t);
-        return a->per_tensor == nullptr ? nullptr : a->per_tensor + t;
-      });
-    };
+    constexpr bool kHas = decltype(masks)::value;
     switch (a->moment) {
       case SAMK_PEAK:
-        return run(sq_norm_kernel<G, W, SAMK_PEAK>, kBlocks<SAMK_PEAK>);
+        return run(sq_norm_kernel<G, W, SAMK_PEAK, kHas>, kBlocks<SAMK_PEAK>);
       case SAMK_POWER:
-        return run(sq_norm_kernel<G, W, SAMK_POWER>, kBlocks<SAMK_POWER>);
+        return run(sq_norm_kernel<G, W, SAMK_POWER, kHas>, kBlocks<SAMK_POWER>);
       default:
-        return run(sq_norm_kernel<G, W, SAMK_SQUARE>, kBlocks<SAMK_SQUARE>);
+        return run(sq_norm_kernel<G, W, SAMK_SQUARE, kHas>, kBlocks<SAMK_SQUARE>);
     }
+  };
+  return with_dtypes("sq_norm", weight, a->grads.dtype, [&](auto w, auto g) {
+    return a->masks.data == nullptr ? masked(w, g, std::false_type{}) : masked(w, g, std::true_type{});
   });
 }

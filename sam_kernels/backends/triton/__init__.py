@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...ranks import Ranks
 from ...tensor_groups import TensorGroup
 from ..handover import count_descent, count_perturbation, count_write, has_momentum, measured, scalars
 from .plan import List, Plan, Table
@@ -31,8 +32,9 @@ _BITS = {2: "int16", 4: "int32", 8: "int64"}
 # otherwise: powers take many, and so do sixteen elements at a time of three lists or more.
 _BLOCK_BYTES = 8192
 _LAUNCH = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
-# Left to itself, NVIDIA's assembler spills a few registers of kernels with powers to fit one more block in.
-_POWERS_LAUNCH = {**_LAUNCH, "maxnreg": 128} if torch.version.hip is None else _LAUNCH
+# Left to itself, NVIDIA's assembler spills a few registers of kernels with powers, and of updates under
+# masks, to fit one more block in.
+_ROOMY_LAUNCH = {**_LAUNCH, "maxnreg": 128} if torch.version.hip is None else _LAUNCH
 _PROGRAMS_PER_PROCESSOR = 4
 # Under the interpreter programs run one after the other; a few show what more than one does.
 _INTERPRETED_PROGRAMS = 3
@@ -58,6 +60,8 @@ class Triton:
         if group.dtype not in _DTYPES:
             known = ", ".join(str(dtype)[6:] for dtype in _DTYPES)
             return f"the Triton passes calculate in {known}, not in {str(group.dtype)[6:]}"
+        if group.compact:
+            return "the Triton passes keep whole snapshots; compact ones are served by foreach"
         if not group.dense:
             return "a parameter is a view with gaps or overlaps, and the Triton passes walk whole blocks"
         problem = load()[1]
@@ -79,6 +83,7 @@ class Triton:
         peak: Tensor | None = None,
         root: float = 1.0,
         per_tensor: bool = False,
+        masked: bool = False,
     ) -> Tensor:
         plan = _plan(group)
         scalar_table, tensors, reads_weights = measured(group, of)
@@ -87,6 +92,7 @@ class Triton:
         if reads_weights:
             plan.point(table, List.PARAMS, "params", group.params, group.dtype)
         plan.point(table, List.GRADS, "grads", tensors, group.dtype)
+        has_masks = masked and _point_masks(plan, table, group)
         # Fresh results each time: the caller may hold an earlier one.
         total = torch.empty((), dtype=torch.float64, device=group.device)
         self._launch(
@@ -103,6 +109,7 @@ class Triton:
             **_settings(group.dtype, takes_powers=moment == "power"),
             MOMENT=_MOMENTS[moment],
             HAS_ADAPTIVE=reads_weights,
+            HAS_MASKS=has_masks,
             Q=q,
             ROOT=float(root),
         )
@@ -141,6 +148,7 @@ class Triton:
             **_settings(group.dtype, takes_powers=shape == "powered"),
             SHAPE=_SHAPES[shape],
             HAS_ADAPTIVE=group.reads_weights,
+            HAS_MASKS=_point_masks(plan, table, group),
             Q=q,
         )
         count_perturbation(group, present)
@@ -150,7 +158,15 @@ class Triton:
         table = plan.table("restore_")
         plan.point(table, List.PARAMS, "params", group.params, group.dtype)
         present = _point_snapshots(plan, table, group)
-        self._launch("restore", plan, table, plan.chunks, plan.count, **_bits(group.dtype))
+        self._launch(
+            "restore",
+            plan,
+            table,
+            plan.chunks,
+            plan.count,
+            **_bits(group.dtype),
+            HAS_MASKS=_point_masks(plan, table, group),
+        )
         count_write(group.params, group.snapshots, present)
 
     def grad_stats(self, group: TensorGroup, lists: list[list[Tensor | None]]) -> Tensor:
@@ -223,6 +239,7 @@ class Triton:
         _require(table, group, rule, state)
         fresh = slots.get("fresh") or []
         table.put(List.FRESH, np.array(fresh, dtype=np.int64) if fresh else np.zeros(plan.count, np.int64))
+        has_masks = _point_masks(plan, table, group)
         self._launch(
             "descend",
             plan,
@@ -234,11 +251,110 @@ class Triton:
             scalars(found_inf, group, torch.float32),
             scalars(inv_scale, group, torch.float32),
             plan.counter,
-            **_settings(group.dtype, many_lists=rule == "adam"),
+            **_settings(group.dtype, many_lists=rule == "adam", takes_masks=has_masks),
             RULE=_RULES[rule],
             HAS_BUFFERS=rule == "sgd" and state["momentum_buffer"] > 0,
+            HAS_MASKS=has_masks,
         )
         count_descent(group, slots, state, moving)
+
+    def accumulate_squares_(self, group: TensorGroup, scores: list[Tensor | None]) -> None:
+        plan = _plan(group)
+        table = plan.table("accumulate_squares_")
+        plan.point(table, List.GRADS, "grads", group.grads, group.dtype)
+        present = plan.point(table, List.LISTS, "scores", scores, torch.float32)
+        settings = _settings(group.dtype)
+        settings.pop("S")
+        self._launch("accumulate", plan, table, plan.chunks, plan.count, **settings)
+        count_write(scores, scores, present)
+
+    def count_ranks(
+        self,
+        group: TensorGroup,
+        ranks: Ranks,
+        masks: list[Tensor | None],
+        *,
+        prefix: int,
+        shift: int,
+        bits: int,
+    ) -> Tensor:
+        plan = _plan(group)
+        table = plan.table("selection")
+        plan.point(table, List.MASKS, "masks", masks, torch.int64, plan.words)
+        settings = self._point_ranks("count_ranks", plan, table, group, ranks)
+        counts = torch.zeros(_grid(plan), 1 << bits, dtype=torch.int32, device=group.device)
+        self._launch(
+            "count",
+            plan,
+            table,
+            plan.chunks,
+            plan.count,
+            _signed(ranks.seed),
+            ranks.step,
+            prefix,
+            shift,
+            counts,
+            **settings,
+            BITS=bits,
+        )
+        return counts.sum(0)
+
+    def mark_(
+        self,
+        group: TensorGroup,
+        ranks: Ranks,
+        masks: list[Tensor | None],
+        *,
+        threshold: int,
+        shift: int,
+        add: bool = False,
+        positions: list[int] | None = None,
+        candidates: Tensor | None = None,
+        found: Tensor | None = None,
+    ) -> None:
+        plan = _plan(group)
+        table = plan.table("selection")
+        present = plan.point(table, List.MASKS, "masks", masks, torch.int64, plan.words)
+        settings = self._point_ranks("mark_", plan, table, group, ranks)
+        if candidates is not None:
+            table.put(List.POSITIONS, _integers("positions", positions, plan))
+        self._launch(
+            "mark",
+            plan,
+            table,
+            plan.chunks,
+            plan.count,
+            _signed(ranks.seed),
+            ranks.step,
+            threshold,
+            shift,
+            candidates,
+            0 if candidates is None else candidates.numel(),
+            found,
+            **settings,
+            ADD=add,
+        )
+        count_write(masks, masks, present)
+
+    def _point_ranks(
+        self, kernel: str, plan: Plan, table: Table, group: TensorGroup, ranks: Ranks
+    ) -> dict[str, Any]:
+        """Point at what ranks are made of; the constants that say what it is."""
+        dtype = torch.float32
+        if ranks.scores is None:
+            table.put(List.NUMBERS, _integers("numbers", ranks.numbers, plan))
+        else:
+            dtype = self._point_foreign(kernel, plan, table, group, lists=[ranks.scores])
+        if ranks.within is not None:
+            plan.point(table, List.WITHIN, "within", ranks.within, torch.int64, plan.words)
+        settings = _settings(dtype, many_lists=True)
+        settings.pop("S")
+        return {
+            **settings,
+            "IS_RANDOM": ranks.scores is None,
+            "HAS_WITHIN": ranks.within is not None,
+            "OUTSIDE": ranks.within is not None and ranks.outside,
+        }
 
     def _point_foreign(
         self, kernel: str, plan: Plan, table: Table, group: TensorGroup, **lists: list[list[Tensor | None]]
@@ -267,9 +383,8 @@ class Triton:
 
     def _launch(self, kernel: str, plan: Plan, table: Table, *arguments: Any, **constants: Any) -> None:
         kernels = load()[0]
-        grid = min(plan.chunks, _programs(plan.device))
         with _on(plan.device):
-            getattr(kernels, kernel)[(grid,)](plan.layout, table.on_device(), *arguments, **constants)
+            getattr(kernels, kernel)[(_grid(plan),)](plan.layout, table.on_device(), *arguments, **constants)
 
 
 def _plan(group: TensorGroup) -> Plan:
@@ -281,7 +396,9 @@ def _plan(group: TensorGroup) -> Plan:
     return plan
 
 
-def _settings(dtype: torch.dtype, takes_powers: bool = False, many_lists: bool = False) -> dict[str, Any]:
+def _settings(
+    dtype: torch.dtype, takes_powers: bool = False, many_lists: bool = False, takes_masks: bool = False
+) -> dict[str, Any]:
     """Stored type, calculating type, block size and launch options, as kernels take them."""
     import triton.language as tl
 
@@ -290,7 +407,7 @@ def _settings(dtype: torch.dtype, takes_powers: bool = False, many_lists: bool =
         "T": getattr(tl, str(dtype)[6:]),
         "S": tl.float64 if dtype == torch.float64 else tl.float32,
         "BLOCK": _BLOCK_BYTES // halves // dtype.itemsize,
-        **(_POWERS_LAUNCH if takes_powers else _LAUNCH),
+        **(_ROOMY_LAUNCH if takes_powers or takes_masks else _LAUNCH),
     }
 
 
@@ -310,6 +427,16 @@ def _point_snapshots(plan: Plan, table: Table, group: TensorGroup) -> int:
     return present
 
 
+def _point_masks(plan: Plan, table: Table, group: TensorGroup) -> bool:
+    """Whether the group has masks. They stand where they are: addresses are read when the list is another."""
+    if group.masks is None:
+        return False
+    if table.masks is not group.masks:
+        plan.point(table, List.MASKS, "masks", group.masks, torch.int64, plan.words)
+        table.masks = group.masks
+    return True
+
+
 def _require(table: Table, group: TensorGroup, rule: str, state: dict[str, int]) -> None:
     """Refuse a gradient without the state its rule writes: that would be a write to address 0."""
     needs = table.rows[List.GRADS] != 0
@@ -319,6 +446,24 @@ def _require(table: Table, group: TensorGroup, rule: str, state: dict[str, int])
         row = List.STEPS if name == "step" else List.LISTS + i
         for t in np.flatnonzero(needs & (table.rows[row] == 0)).tolist():
             raise ValueError(f"descend_: grads[{t}] is there but {name}[{t}] is None")
+
+
+def _integers(name: str, numbers: list[int] | None, plan: Plan) -> np.ndarray:
+    """One number for each tensor, as a row of a table."""
+    if numbers is None or len(numbers) != plan.count:
+        entries = "none" if numbers is None else len(numbers)
+        raise ValueError(f"{name} has {entries} entries, but the plan has {plan.count} tensors")
+    return np.array(numbers, dtype=np.int64)
+
+
+def _signed(number: int) -> int:
+    """The integer of 64 bits with a sign that has the bits of one without."""
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _grid(plan: Plan) -> int:
+    """Programs of a launch."""
+    return min(plan.chunks, _programs(plan.device))
 
 
 def _programs(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 import triton.language as tl
 
+from ...bitmask import WORD as _WORD
 from ...tensor_groups import ADAPTIVE as _ADAPTIVE
 from ...tensor_groups import COLUMNS as _COLUMNS
 from ...tensor_groups import EUCLIDEAN as _EUCLIDEAN
@@ -44,4 +45,11 @@ LISTS = tl.constexpr(int(plan.List.LISTS))
 OUTS = tl.constexpr(int(plan.List.OUTS))
 STEPS = tl.constexpr(int(plan.List.STEPS))
 FRESH = tl.constexpr(int(plan.List.FRESH))
+MASKS = tl.constexpr(int(plan.List.MASKS))
+WITHIN = tl.constexpr(int(plan.List.WITHIN))
+NUMBERS = tl.constexpr(int(plan.List.NUMBERS))
+POSITIONS = tl.constexpr(int(plan.List.POSITIONS))
 CHUNK_COLUMNS = tl.constexpr(plan.CHUNK_COLUMNS)
+
+# Elements that share a word of a mask.
+WORD = tl.constexpr(_WORD)

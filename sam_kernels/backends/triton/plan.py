@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...bitmask import count_words
 from ...tensor_groups import is_capturing
 
 Tensors = Sequence[Tensor | None]
 
 # Chunks are powers of two between these; the smallest is the largest block of any dtype, so that a whole
-# chunk is whole blocks.
+# chunk is whole blocks and whole words of a mask.
 SMALLEST, LARGEST = 4096, 65536
 
 
@@ -37,6 +38,10 @@ class List(IntEnum):
     OUTS = 6  # two
     STEPS = 8
     FRESH = 9  # no address: 1 where a momentum buffer takes the gradient
+    MASKS = 10
+    WITHIN = 11  # masks of the elements that take part in a selection
+    NUMBERS = 12  # no address: of the tensor, for its random numbers
+    POSITIONS = 13  # no address: of the tensor's first element among all
 
 
 ROWS = len(List) + 3
@@ -97,6 +102,7 @@ class Table:
     def __init__(self, count: int, device: torch.device) -> None:
         self.rows = np.zeros((ROWS, count), dtype=np.int64)
         self.snapshots: Any = None  # the list of snapshots that was read last, where it stands between steps
+        self.masks: Any = None  # the list of masks that was read last
         self._device = device
         self._on_device: Tensor | None = None
         self._is_stale = True
@@ -159,6 +165,7 @@ class Plan:
         self.first = _ready(first, device).to(device, non_blocking=True)
         self.partials = torch.zeros(self.chunks, 6, dtype=torch.float64, device=device)
         self.counter = torch.zeros(1, dtype=torch.int32, device=device)
+        self.words = [count_words(size) for size in sizes]
         self._sizes = sizes
         self._tables: dict[str, Table] = {}
 

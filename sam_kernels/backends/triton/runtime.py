@@ -54,7 +54,7 @@ def load() -> tuple[Any, str | None]:
             "use backend='foreach'"
         )
     try:
-        from .kernels import combine, descend, grad_stats, perturb, restore, sq_norm
+        from .kernels import accumulate, combine, count, descend, grad_stats, mark, perturb, restore, sq_norm
     except Exception as problem:  # a Triton that has moved on must not take the other backends with it
         return None, (
             f"the kernels do not load under Triton {triton.__version__}: {type(problem).__name__}: {problem}"
@@ -68,6 +68,9 @@ def load() -> tuple[Any, str | None]:
             grad_stats=grad_stats.grad_stats_kernel,
             combine=combine.combine_kernel,
             descend=descend.descend_kernel,
+            accumulate=accumulate.accumulate_kernel,
+            count=count.count_kernel,
+            mark=mark.mark_kernel,
         ),
         None,
     )

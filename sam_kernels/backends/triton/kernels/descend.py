@@ -5,13 +5,19 @@ import triton.language as tl
 
 from ..codes import COLUMN_MOMENTUM, COLUMNS, FRESH, GRADS, LISTS, PARAMS, RULE_SGD, SNAPSHOTS, STEPS
 from ..engine import (
+    SHORT,
     address,
     copy_chunk,
+    copy_rows,
     find_chunk,
     is_finite,
     is_last_program,
+    long_part,
+    mask_address,
     read,
+    read_either,
     read_if,
+    read_words,
     write,
     write_if,
 )
@@ -45,6 +51,7 @@ def descend_kernel(
     S: tl.constexpr,
     RULE: tl.constexpr,
     HAS_BUFFERS: tl.constexpr,
+    HAS_MASKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     is_safe = may_move(guard, found_inf)
@@ -64,6 +71,8 @@ def descend_kernel(
         snapshot = address(addresses, count, SNAPSHOTS, chunk, T)
         if w != 0:
             source = tl.where(snapshot == 0, w, snapshot)
+            words = mask_address(addresses, count, chunk, HAS_MASKS)
+            n = chunk.size
             if (g != 0) & is_safe:
                 decay = decayed(row, RULE, scale, S)
                 first = address(addresses, count, LISTS, chunk, T)
@@ -73,9 +82,13 @@ def descend_kernel(
                         has_buffer = (first != 0) & (tl.load(row + COLUMN_MOMENTUM) != 0)
                         first = tl.where(has_buffer, first, 0)
                         is_fresh = tl.load(addresses + FRESH * count + chunk.tensor) != 0
-                        descend_sgd(decay, rule, w, g, source, first, is_fresh, chunk.size, T, S, True, BLOCK)
+                        descend_sgd(
+                            decay, rule, w, g, source, words, first, is_fresh, n, T, S, True, HAS_MASKS, BLOCK
+                        )
                     else:
-                        descend_sgd(decay, rule, w, g, source, w, False, chunk.size, T, S, False, BLOCK)
+                        descend_sgd(
+                            decay, rule, w, g, source, words, w, False, n, T, S, False, HAS_MASKS, BLOCK
+                        )
                 else:
                     second = address(addresses, count, LISTS + 1, chunk, T)
                     step = tl.load(step_counter(addresses, count, chunk.tensor))
@@ -83,9 +96,14 @@ def descend_kernel(
                         adam_rule = adam(row, step.to(tl.float64) + 1, S)
                         last_row = chunk.row
                         last_step = step
-                    descend_adam(decay, adam_rule, w, g, source, first, second, chunk.size, T, S, BLOCK)
+                    descend_adam(
+                        decay, adam_rule, w, g, source, words, first, second, n, T, S, HAS_MASKS, BLOCK
+                    )
             elif snapshot != 0:
-                copy_chunk(w, snapshot, chunk.size, T, BLOCK)
+                if HAS_MASKS:
+                    copy_rows(w, snapshot, words, n, T, BLOCK)
+                else:
+                    copy_chunk(w, snapshot, n, T, BLOCK)
     if RULE != RULE_SGD:
         # Nobody reads a step counter any more once every program is here.
         if is_last_program(counter):
@@ -122,6 +140,9 @@ def gradient(decay, g, w):
     return tl.where(decay.weight_decay != 0, apply_decayed(decay, g, w), apply_decayed(decay, g))
 
 
+# Where there are masks, an update starts from the weight in rows whose word is 0: no snapshot was written.
+
+
 @triton.jit
 def descend_sgd(
     decay,
@@ -129,23 +150,39 @@ def descend_sgd(
     w,
     g,
     source,
+    words,
     buffer,
     is_fresh,
     n,
     T: tl.constexpr,
     S: tl.constexpr,
     BUFFERED: tl.constexpr,
+    HAS_MASKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    whole = n // BLOCK * BLOCK
-    if (w | g | source | buffer) % 16 == 0:
-        for i in range(0, whole, BLOCK):
-            sgd_block(decay, rule, w, g, source, buffer, is_fresh, i, n, T, S, BUFFERED, BLOCK, True, False)
+    if HAS_MASKS:
+        long = long_part(w | g | source | buffer, n, BLOCK)
+        for i in range(0, long, BLOCK):
+            live = read_words(words, i, n, BLOCK, False) != 0
+            old = read_either(live, source, w, i, n, T, BLOCK, True, False)
+            sgd_block(decay, rule, w, g, old, buffer, is_fresh, i, n, T, S, BUFFERED, BLOCK, True, False)
+        for i in range(long, n, SHORT):
+            live = read_words(words, i, n, SHORT, True) != 0
+            old = read_either(live, source, w, i, n, T, SHORT, False, True)
+            sgd_block(decay, rule, w, g, old, buffer, is_fresh, i, n, T, S, BUFFERED, SHORT, False, True)
     else:
-        for i in range(0, whole, BLOCK):
-            sgd_block(decay, rule, w, g, source, buffer, is_fresh, i, n, T, S, BUFFERED, BLOCK, False, False)
-    if whole < n:
-        sgd_block(decay, rule, w, g, source, buffer, is_fresh, whole, n, T, S, BUFFERED, BLOCK, False, True)
+        whole = n // BLOCK * BLOCK
+        if (w | g | source | buffer) % 16 == 0:
+            for i in range(0, whole, BLOCK):
+                old = read(source, i, n, T, BLOCK, True, False)
+                sgd_block(decay, rule, w, g, old, buffer, is_fresh, i, n, T, S, BUFFERED, BLOCK, True, False)
+        else:
+            for i in range(0, whole, BLOCK):
+                old = read(source, i, n, T, BLOCK, False, False)
+                sgd_block(decay, rule, w, g, old, buffer, is_fresh, i, n, T, S, BUFFERED, BLOCK, False, False)
+        if whole < n:
+            old = read(source, whole, n, T, BLOCK, False, True)
+            sgd_block(decay, rule, w, g, old, buffer, is_fresh, whole, n, T, S, BUFFERED, BLOCK, False, True)
 
 
 @triton.jit
@@ -154,7 +191,7 @@ def sgd_block(
     rule,
     w,
     g,
-    source,
+    old,
     buffer,
     is_fresh,
     i,
@@ -166,7 +203,7 @@ def sgd_block(
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    old = widen(read(source, i, n, T, BLOCK, ALIGNED, MASKED), S)
+    old = widen(old, S)
     d = gradient(decay, widen(read(g, i, n, T, BLOCK, ALIGNED, MASKED), S), old)
     if BUFFERED:
         has_buffer = buffer != 0
@@ -181,17 +218,43 @@ def sgd_block(
 
 @triton.jit
 def descend_adam(
-    decay, rule, w, g, source, first, second, n, T: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr
+    decay,
+    rule,
+    w,
+    g,
+    source,
+    words,
+    first,
+    second,
+    n,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    HAS_MASKS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    whole = n // BLOCK * BLOCK
-    if (w | g | source | first | second) % 16 == 0:
-        for i in range(0, whole, BLOCK):
-            adam_block(decay, rule, w, g, source, first, second, i, n, T, S, BLOCK, True, False)
+    if HAS_MASKS:
+        long = long_part(w | g | source | first | second, n, BLOCK)
+        for i in range(0, long, BLOCK):
+            live = read_words(words, i, n, BLOCK, False) != 0
+            old = read_either(live, source, w, i, n, T, BLOCK, True, False)
+            adam_block(decay, rule, w, g, old, first, second, i, n, T, S, BLOCK, True, False)
+        for i in range(long, n, SHORT):
+            live = read_words(words, i, n, SHORT, True) != 0
+            old = read_either(live, source, w, i, n, T, SHORT, False, True)
+            adam_block(decay, rule, w, g, old, first, second, i, n, T, S, SHORT, False, True)
     else:
-        for i in range(0, whole, BLOCK):
-            adam_block(decay, rule, w, g, source, first, second, i, n, T, S, BLOCK, False, False)
-    if whole < n:
-        adam_block(decay, rule, w, g, source, first, second, whole, n, T, S, BLOCK, False, True)
+        whole = n // BLOCK * BLOCK
+        if (w | g | source | first | second) % 16 == 0:
+            for i in range(0, whole, BLOCK):
+                old = read(source, i, n, T, BLOCK, True, False)
+                adam_block(decay, rule, w, g, old, first, second, i, n, T, S, BLOCK, True, False)
+        else:
+            for i in range(0, whole, BLOCK):
+                old = read(source, i, n, T, BLOCK, False, False)
+                adam_block(decay, rule, w, g, old, first, second, i, n, T, S, BLOCK, False, False)
+        if whole < n:
+            old = read(source, whole, n, T, BLOCK, False, True)
+            adam_block(decay, rule, w, g, old, first, second, whole, n, T, S, BLOCK, False, True)
 
 
 @triton.jit
@@ -200,7 +263,7 @@ def adam_block(
     rule,
     w,
     g,
-    source,
+    old,
     first,
     second,
     i,
@@ -211,7 +274,7 @@ def adam_block(
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    old = widen(read(source, i, n, T, BLOCK, ALIGNED, MASKED), S)
+    old = widen(old, S)
     d = gradient(decay, widen(read(g, i, n, T, BLOCK, ALIGNED, MASKED), S), old)
     m = adam_first_moment(rule, widen(read(first, i, n, T, BLOCK, ALIGNED, MASKED), S), d)
     v = adam_second_moment(rule, widen(read(second, i, n, T, BLOCK, ALIGNED, MASKED), S), d)

@@ -1,4 +1,4 @@
-"""snapshot = w; w += scale * T * h(T * g)."""
+"""snapshot = w; w += scale * T * h(T * g), where the mask selects it."""
 
 import triton
 import triton.language as tl
@@ -15,7 +15,22 @@ from ..codes import (
     POWERED,
     SNAPSHOTS,
 )
-from ..engine import address, copy_chunk, find_chunk, is_finite, read, write
+from ..engine import (
+    SHORT,
+    address,
+    bits_of,
+    copy_chunk,
+    copy_rows,
+    find_chunk,
+    is_finite,
+    long_part,
+    mask_address,
+    read,
+    read_rows,
+    read_words,
+    write,
+    write_rows,
+)
 from ..math.metric import Adaptive
 from ..math.perturb import Perturb, Powered, apply_perturb, perturb_scale
 from ..rounding import narrow, widen
@@ -35,6 +50,7 @@ def perturb_kernel(
     S: tl.constexpr,
     SHAPE: tl.constexpr,
     HAS_ADAPTIVE: tl.constexpr,
+    HAS_MASKS: tl.constexpr,
     Q: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -49,6 +65,8 @@ def perturb_kernel(
         g = address(addresses, count, GRADS, chunk, T)
         snapshot = address(addresses, count, SNAPSHOTS, chunk, T)
         if (w != 0) & (g != 0) & (snapshot != 0) & (metric != FIXED):
+            words = mask_address(addresses, count, chunk, HAS_MASKS)
+            n = chunk.size
             if is_safe:
                 own = length * 0 + 1
                 if tensor_scale is not None:
@@ -60,13 +78,20 @@ def perturb_kernel(
                 )
                 if HAS_ADAPTIVE:
                     if metric == ADAPTIVE:
-                        perturb_chunk(perturb, w, g, snapshot, chunk.size, T, S, ADAPTIVE, SHAPE, BLOCK)
+                        perturb_chunk(
+                            perturb, w, g, snapshot, words, n, T, S, ADAPTIVE, SHAPE, HAS_MASKS, BLOCK
+                        )
                     else:
-                        perturb_chunk(perturb, w, g, snapshot, chunk.size, T, S, EUCLIDEAN, SHAPE, BLOCK)
+                        perturb_chunk(
+                            perturb, w, g, snapshot, words, n, T, S, EUCLIDEAN, SHAPE, HAS_MASKS, BLOCK
+                        )
                 else:
-                    perturb_chunk(perturb, w, g, snapshot, chunk.size, T, S, EUCLIDEAN, SHAPE, BLOCK)
+                    perturb_chunk(perturb, w, g, snapshot, words, n, T, S, EUCLIDEAN, SHAPE, HAS_MASKS, BLOCK)
             else:
-                copy_chunk(snapshot, w, chunk.size, T, BLOCK)
+                if HAS_MASKS:
+                    copy_rows(snapshot, w, words, n, T, BLOCK)
+                else:
+                    copy_chunk(snapshot, w, n, T, BLOCK)
 
 
 @triton.jit
@@ -84,22 +109,31 @@ def perturb_chunk(
     w,
     g,
     snapshot,
+    words,
     n,
     T: tl.constexpr,
     S: tl.constexpr,
     METRIC: tl.constexpr,
     SHAPE: tl.constexpr,
+    HAS_MASKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    whole = n // BLOCK * BLOCK
-    if (w | g | snapshot) % 16 == 0:
-        for i in range(0, whole, BLOCK):
-            perturb_block(perturb, w, g, snapshot, i, n, T, S, METRIC, SHAPE, BLOCK, True, False)
+    if HAS_MASKS:
+        long = long_part(w | g | snapshot, n, BLOCK)
+        for i in range(0, long, BLOCK):
+            perturb_rows(perturb, w, g, snapshot, words, i, n, T, S, METRIC, SHAPE, BLOCK, True, False)
+        for i in range(long, n, SHORT):
+            perturb_rows(perturb, w, g, snapshot, words, i, n, T, S, METRIC, SHAPE, SHORT, False, True)
     else:
-        for i in range(0, whole, BLOCK):
-            perturb_block(perturb, w, g, snapshot, i, n, T, S, METRIC, SHAPE, BLOCK, False, False)
-    if whole < n:
-        perturb_block(perturb, w, g, snapshot, whole, n, T, S, METRIC, SHAPE, BLOCK, False, True)
+        whole = n // BLOCK * BLOCK
+        if (w | g | snapshot) % 16 == 0:
+            for i in range(0, whole, BLOCK):
+                perturb_block(perturb, w, g, snapshot, i, n, T, S, METRIC, SHAPE, BLOCK, True, False)
+        else:
+            for i in range(0, whole, BLOCK):
+                perturb_block(perturb, w, g, snapshot, i, n, T, S, METRIC, SHAPE, BLOCK, False, False)
+        if whole < n:
+            perturb_block(perturb, w, g, snapshot, whole, n, T, S, METRIC, SHAPE, BLOCK, False, True)
 
 
 @triton.jit
@@ -123,3 +157,31 @@ def perturb_block(
     moved = apply_perturb(perturb, widen(x, S), d, METRIC, SHAPE)
     write(snapshot, i, n, x, BLOCK, ALIGNED, MASKED)
     write(w, i, n, narrow(moved, T), BLOCK, ALIGNED, MASKED)
+
+
+@triton.jit
+def perturb_rows(
+    perturb,
+    w,
+    g,
+    snapshot,
+    words,
+    i,
+    n,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    METRIC: tl.constexpr,
+    SHAPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    word = read_words(words, i, n, BLOCK, MASKED)
+    live = word != 0
+    x = read_rows(live, w, i, n, T, BLOCK, ALIGNED, MASKED)
+    d = widen(read_rows(live, g, i, n, T, BLOCK, ALIGNED, MASKED), S)
+    moved = apply_perturb(perturb, widen(x, S), d, METRIC, SHAPE)
+    write_rows(live, snapshot, i, n, x, BLOCK, ALIGNED, MASKED)
+    # A choice, not a product: what is not selected keeps its bits, and 0 times inf is none.
+    kept = tl.where(bits_of(word, BLOCK), narrow(moved, T), x)
+    write_rows(live, w, i, n, kept, BLOCK, ALIGNED, MASKED)

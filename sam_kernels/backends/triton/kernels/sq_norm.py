@@ -1,4 +1,4 @@
-"""Sum of moment(T g), or the largest |T g|, over all tensors and by tensor."""
+"""Sum of moment(T g), or the largest |T g|, over all tensors and by tensor, under masks or without."""
 
 import triton
 import triton.language as tl
@@ -16,7 +16,20 @@ from ..codes import (
     POWER,
     SQUARE,
 )
-from ..engine import address, find_chunk, is_last_program, larger, largest, read
+from ..engine import (
+    SHORT,
+    address,
+    bits_of,
+    find_chunk,
+    is_last_program,
+    larger,
+    largest,
+    long_part,
+    mask_address,
+    read,
+    read_rows,
+    read_words,
+)
 from ..math.metric import Adaptive, Power, adaptive_weigh, apply_power, apply_square, euclidean_weigh
 from ..math.power import power
 from ..rounding import widen
@@ -40,6 +53,7 @@ def sq_norm_kernel(
     S: tl.constexpr,
     MOMENT: tl.constexpr,
     HAS_ADAPTIVE: tl.constexpr,
+    HAS_MASKS: tl.constexpr,
     Q: tl.constexpr,
     ROOT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -52,14 +66,16 @@ def sq_norm_kernel(
         total = tl.full((), 0, tl.float64)
         if (g != 0) & (metric != FIXED) & (chunk.size > 0):
             eta = tl.load(row + COLUMN_ETA)
+            words = mask_address(addresses, count, chunk, HAS_MASKS)
+            n = chunk.size
             if HAS_ADAPTIVE:
                 w = address(addresses, count, PARAMS, chunk, T)
                 if metric == ADAPTIVE:
-                    total = chunk_sum(g, w, chunk.size, eta, peak, T, S, ADAPTIVE, MOMENT, Q, BLOCK)
+                    total = chunk_sum(g, w, words, n, eta, peak, T, S, ADAPTIVE, MOMENT, HAS_MASKS, Q, BLOCK)
                 else:
-                    total = chunk_sum(g, g, chunk.size, eta, peak, T, S, EUCLIDEAN, MOMENT, Q, BLOCK)
+                    total = chunk_sum(g, g, words, n, eta, peak, T, S, EUCLIDEAN, MOMENT, HAS_MASKS, Q, BLOCK)
             else:
-                total = chunk_sum(g, g, chunk.size, eta, peak, T, S, EUCLIDEAN, MOMENT, Q, BLOCK)
+                total = chunk_sum(g, g, words, n, eta, peak, T, S, EUCLIDEAN, MOMENT, HAS_MASKS, Q, BLOCK)
         tl.store(partials + chunk.number, total)
     if is_last_program(counter):
         total = join_partials(partials, 0, chunks, MOMENT, BLOCK)
@@ -92,6 +108,7 @@ def join_partials(partials, begin, end, MOMENT: tl.constexpr, BLOCK: tl.constexp
 def chunk_sum(
     g,
     w,
+    words,
     n,
     eta,
     peak,
@@ -99,15 +116,18 @@ def chunk_sum(
     S: tl.constexpr,
     METRIC: tl.constexpr,
     MOMENT: tl.constexpr,
+    HAS_MASKS: tl.constexpr,
     Q: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    total = chunk_sum_in(g, w, n, eta, peak, T, S, METRIC, MOMENT, Q, BLOCK)
+    total = chunk_sum_in(g, w, words, n, eta, peak, T, S, METRIC, MOMENT, HAS_MASKS, Q, BLOCK)
     if (MOMENT == SQUARE) & (S == tl.float32):
         if ((total <= LARGE_SUM) == 0) | ((total != 0) & (total < SMALL_SUM)):
             # Gradients beyond 1.8e19, or all below 1e-15: once more in double. A sum of exactly 0 is taken as
             # it is; note: [range of squares] in csrc says what that can lose.
-            total = chunk_sum_in(g, w, n, eta, peak, T, tl.float64, METRIC, MOMENT, Q, BLOCK)
+            total = chunk_sum_in(
+                g, w, words, n, eta, peak, T, tl.float64, METRIC, MOMENT, HAS_MASKS, Q, BLOCK
+            )
     return total
 
 
@@ -115,6 +135,7 @@ def chunk_sum(
 def chunk_sum_in(
     g,
     w,
+    words,
     n,
     eta,
     peak,
@@ -122,6 +143,7 @@ def chunk_sum_in(
     S: tl.constexpr,
     METRIC: tl.constexpr,
     MOMENT: tl.constexpr,
+    HAS_MASKS: tl.constexpr,
     Q: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -130,15 +152,36 @@ def chunk_sum_in(
     metric = Adaptive(eta=eta.to(S))
     term = make_term(peak, MOMENT, Q, S)
     sums = tl.zeros([BLOCK], S)
-    whole = n // BLOCK * BLOCK
-    if (g | w) % 16 == 0:
-        for i in range(0, whole, BLOCK):
-            sums = add_block(sums, metric, term, g, w, i, n, T, S, METRIC, MOMENT, BLOCK, True, False)
+    if HAS_MASKS:
+        long = long_part(g | w, n, BLOCK)
+        for i in range(0, long, BLOCK):
+            u = weigh_rows(metric, g, w, words, i, n, T, S, METRIC, BLOCK, True, False)
+            sums = add(sums, u, term, MOMENT)
+        rest = tl.zeros([SHORT], S)
+        for i in range(long, n, SHORT):
+            u = weigh_rows(metric, g, w, words, i, n, T, S, METRIC, SHORT, False, True)
+            rest = add(rest, u, term, MOMENT)
+        joined = join(sums, MOMENT)
+        others = join(rest, MOMENT)
+        return larger(joined, others) if MOMENT == PEAK else joined + others
     else:
-        for i in range(0, whole, BLOCK):
-            sums = add_block(sums, metric, term, g, w, i, n, T, S, METRIC, MOMENT, BLOCK, False, False)
-    if whole < n:
-        sums = add_block(sums, metric, term, g, w, whole, n, T, S, METRIC, MOMENT, BLOCK, False, True)
+        whole = n // BLOCK * BLOCK
+        if (g | w) % 16 == 0:
+            for i in range(0, whole, BLOCK):
+                u = weigh_block(metric, g, w, i, n, T, S, METRIC, BLOCK, True, False)
+                sums = add(sums, u, term, MOMENT)
+        else:
+            for i in range(0, whole, BLOCK):
+                u = weigh_block(metric, g, w, i, n, T, S, METRIC, BLOCK, False, False)
+                sums = add(sums, u, term, MOMENT)
+        if whole < n:
+            u = weigh_block(metric, g, w, whole, n, T, S, METRIC, BLOCK, False, True)
+            sums = add(sums, u, term, MOMENT)
+        return join(sums, MOMENT)
+
+
+@triton.jit
+def join(sums, MOMENT: tl.constexpr):
     return largest(sums.to(tl.float64)) if MOMENT == PEAK else tl.sum(sums.to(tl.float64))
 
 
@@ -152,10 +195,18 @@ def make_term(peak, MOMENT: tl.constexpr, Q: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def add_block(
-    sums,
+def add(sums, u, term, MOMENT: tl.constexpr):
+    if MOMENT == PEAK:
+        return larger(sums, tl.abs(u))
+    elif MOMENT == POWER:
+        return sums + apply_power(term, u)
+    else:
+        return sums + apply_square(u)
+
+
+@triton.jit
+def weigh_block(
     metric,
-    term,
     g,
     w,
     i,
@@ -163,19 +214,38 @@ def add_block(
     T: tl.constexpr,
     S: tl.constexpr,
     METRIC: tl.constexpr,
-    MOMENT: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     d = widen(read(g, i, n, T, BLOCK, ALIGNED, MASKED), S)
     if METRIC == ADAPTIVE:
-        u = adaptive_weigh(metric, d, widen(read(w, i, n, T, BLOCK, ALIGNED, MASKED), S))
+        return adaptive_weigh(metric, d, widen(read(w, i, n, T, BLOCK, ALIGNED, MASKED), S))
+    else:
+        return euclidean_weigh(d, d)
+
+
+@triton.jit
+def weigh_rows(
+    metric,
+    g,
+    w,
+    words,
+    i,
+    n,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    METRIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    word = read_words(words, i, n, BLOCK, MASKED)
+    live = word != 0
+    d = widen(read_rows(live, g, i, n, T, BLOCK, ALIGNED, MASKED), S)
+    if METRIC == ADAPTIVE:
+        u = adaptive_weigh(metric, d, widen(read_rows(live, w, i, n, T, BLOCK, ALIGNED, MASKED), S))
     else:
         u = euclidean_weigh(d, d)
-    if MOMENT == PEAK:
-        return larger(sums, tl.abs(u))
-    elif MOMENT == POWER:
-        return sums + apply_power(term, u)
-    else:
-        return sums + apply_square(u)
+    # A choice, not a product: what is not selected may be infinite.
+    return tl.where(bits_of(word, BLOCK), u, 0.0)

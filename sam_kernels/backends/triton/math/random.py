@@ -30,12 +30,12 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def random_word(seed, step, tensor, element):
+def random_words(seed, step, tensor, element):
     # See note: [four neighbours] in csrc/math/random.h. An argument of 1 arrives as a constant, which has no
     # method `to`, hence cast().
     key = tl.cast(seed, tl.uint64)
     four = tl.cast(element, tl.uint64) >> 2
-    words = philox(
+    return philox(
         four.to(tl.uint32),
         (four >> 32).to(tl.uint32),
         tl.cast(tensor, tl.uint32),
@@ -43,6 +43,11 @@ def random_word(seed, step, tensor, element):
         key.to(tl.uint32),
         (key >> 32).to(tl.uint32),
     )
+
+
+@triton.jit
+def random_word(seed, step, tensor, element):
+    words = random_words(seed, step, tensor, element)
     is_odd = (element & 1) != 0
     low, high = tl.where(is_odd, words.x1, words.x0), tl.where(is_odd, words.x3, words.x2)
     return tl.where((element & 2) != 0, high, low)
