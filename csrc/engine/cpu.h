@@ -72,14 +72,18 @@ SAMK_INLINE void sweep_streaming(int64_t n, bool streaming, Body body) {
 // Which words of a chunk are not 0, a bit for each.
 class WordMap {
  public:
-  WordMap(const uint64_t* words, int64_t elements) : count_(word_count(elements)) {
+  WordMap(const uint64_t* words, int64_t elements) : count_(word_count(elements)), zeros_(count_) {
     int64_t k = 0;
     for (; k + 8 <= count_; k += 8) bits_[k / 64] |= uint64_t{nonzero8(words + k)} << k % 64;
     for (; k < count_; ++k) bits_[k / 64] |= uint64_t{words[k] != 0} << k % 64;
-    for (uint64_t bits : bits_) turns_ += __builtin_popcountll((bits ^ bits << 1) & ~uint64_t{1});
+    for (uint64_t bits : bits_) {
+      turns_ += __builtin_popcountll((bits ^ bits << 1) & ~uint64_t{1});
+      zeros_ -= __builtin_popcountll(bits);
+    }
   }
 
   int64_t count() const { return count_; }
+  int64_t zeros() const { return zeros_; }
   SAMK_INLINE bool is_zero(int64_t k) const { return (bits_[k / 64] >> k % 64 & 1) == 0; }
 
   // Where the run of words ends that begins at word k, all of them 0 or none.
@@ -98,6 +102,7 @@ class WordMap {
  private:
   static constexpr int64_t kMaxWords = ChunkPlan::kChunkSize / kWordBits;
   const int64_t count_;
+  int64_t zeros_;
   int64_t turns_ = 0;
   uint64_t bits_[kMaxWords / 64] = {};
 };

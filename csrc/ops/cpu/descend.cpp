@@ -26,21 +26,30 @@ struct Site {
       });
     };
     if (words == nullptr) return run(0, n, from, streaming);
-    const WordMap map(words, n);
-    if (map.is_scattered()) return sweep_scattered(map, run);
-    for_each_run(map, n, [&](int64_t begin, int64_t size, bool is_zero) {
-      run(begin, size, (is_zero ? w : from) + begin, streaming && !is_zero);
-    });
+    // By blocks: to look at all the words of a chunk first would wait for memory with nothing else to do.
+    constexpr int64_t kBlock = 64 * kWordBits;
+    for (int64_t first = 0; first < n; first += kBlock) {
+      const int64_t length = std::min(kBlock, n - first);
+      const WordMap map(words + first / kWordBits, length);
+      if (map.is_scattered()) {
+        sweep_scattered(map, first, length, run);
+        continue;
+      }
+      for_each_run(map, length, [&](int64_t begin, int64_t size, bool is_zero) {
+        const int64_t i = first + begin;
+        run(i, size, (is_zero ? w : from) + i, streaming && !is_zero);
+      });
+    }
   }
 
   // Half of the words, here and there, take as long to read as all of them: what lies between is fetched in
   // vain. So both sides are read through, and nothing that depends on a word is a branch. Nothing streams,
   // since the weights are in the cache then.
   template <class Run>
-  SAMK_INLINE void sweep_scattered(const WordMap& map, Run run) const {
+  SAMK_INLINE void sweep_scattered(const WordMap& map, int64_t first, int64_t length, Run run) const {
     alignas(64) T olds[kWordBits];
     for (int64_t k = 0; k < map.count(); ++k) {
-      const int64_t i = k * kWordBits, size = std::min<int64_t>(kWordBits, n - i);
+      const int64_t i = first + k * kWordBits, size = std::min<int64_t>(kWordBits, first + length - i);
       const bool is_whole = size == kWordBits;
       if (is_whole) merge(olds, from + i, w + i, map.is_zero(k) ? ~uint64_t{0} : 0);
       run(i, size, is_whole ? olds : (map.is_zero(k) ? w : from) + i, false);

@@ -67,10 +67,10 @@ double sum_words(const T* g, const T* w, const uint64_t* words, int64_t n, const
     if (i < end) acc[0] = acc[0] + term(i, Tail{static_cast<int>(end - i)});
   };
   const WordMap map(words, n);
-  const bool scattered = map.is_scattered();
+  const bool all = map.is_scattered() || map.zeros() * 8 < map.count();
   for (int64_t k = 0, end; k < map.count(); k = end) {
-    end = scattered ? map.count() : map.run_end(k);
-    if (scattered || !map.is_zero(k)) add_run(k * kWordBits, std::min(end * kWordBits, n) - k * kWordBits);
+    end = all ? map.count() : map.run_end(k);
+    if (all || !map.is_zero(k)) add_run(k * kWordBits, std::min(end * kWordBits, n) - k * kWordBits);
   }
   return sum_lanes((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
