@@ -257,12 +257,15 @@ def _masked_table(results: Results, unit: str) -> Table:
         "x ours,\ndense",
         "p20 .. p80\nof that",
         "weights\nperturbed",
+        "snapshots,\nB/param",
     )
+    count = rows[0]["numel"]
     for peer in results.peers(unit):
         total = results.find(unit, peer, "total_ms")
         if total is None:
             continue
         ratio = results.ratio(unit, peer, sparse.DENSE, "total_ms")
+        snapshots = results.value(unit, peer, "snapshot_bytes")
         table.add_row(
             sparse.label(peer),
             number(results.value(unit, peer, "phase1_ms")),
@@ -272,6 +275,7 @@ def _masked_table(results: Results, unit: str) -> Table:
             number(ratio and ratio["p50"]),
             "" if ratio is None else f"{number(ratio['p20'])} .. {number(ratio['p80'])}",
             _percent(results.value(unit, peer, "density")),
+            number(None if snapshots is None else snapshots / count),
         )
     return _reasons(results, unit, table)
 

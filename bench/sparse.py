@@ -312,20 +312,31 @@ class OursSparse(Ours):
     """sam_kernels with one named backend and given masks."""
 
     def __init__(
-        self, params: list[Tensor], base: Base, slots: Any = None, *, backend: str, masks: list[Tensor]
+        self,
+        params: list[Tensor],
+        base: Base,
+        slots: Any = None,
+        *,
+        backend: str,
+        masks: list[Tensor],
+        compact: bool = False,
     ) -> None:
         try:
             from sam_kernels import SAM, recipes
         except ImportError as error:
             raise Unavailable(f"sam_kernels does not import ({error})") from error
         try:
-            made = recipes.ssam_f(rho=RHO)
+            made = recipes.ssam_f(rho=RHO, compact=compact)
             self.optimizer = SAM(_named(params), base.kind, recipe=made, backend=backend, **base.options)
         except RuntimeError as error:
             raise Unavailable(str(error)) from error
         self.params = params
         base.adopt(self.optimizer.base_optimizer, params, slots)
         self.optimizer.update_masks(masks=masks)
+
+    def snapshot_bytes(self) -> int:
+        """Memory of the snapshots, which stand between steps."""
+        return sum(x.nbytes for group, _ in self.optimizer._groups() for x in group.standing_snapshots or [])
 
 
 def masks_of(workspace: Workspace, pattern: str, sparsity: float) -> list[Tensor]:
@@ -361,6 +372,8 @@ def _step(unit: Step, workspace: Workspace, effort: Effort, log: Log, tick: Tick
         masks = masks_of(workspace, pattern, sparsity)
         native = partial(OursSparse, backend="native", masks=masks)
         makers.append((f"ours_native {pattern} {sparsity}", native, masks))
+        compact = partial(native, compact=True)
+        makers.append((f"ours_native compact {pattern} {sparsity}", compact, masks))
     # Of the others nothing depends on what is in the mask.
     masks = masks_of(workspace, "random", 0.9)
     dense_floats = [mask.float() for mask in masks]
@@ -385,6 +398,8 @@ def _step(unit: Step, workspace: Workspace, effort: Effort, log: Log, tick: Tick
         contestants[name] = step_of(peer, workspace)
         live = workspace.numel if masks is None else sum(int(mask.sum()) for mask in masks)
         rows.append(single(name, "density", live / workspace.numel))
+        if isinstance(peer, OursSparse):
+            rows.append(single(name, "snapshot_bytes", peer.snapshot_bytes()))
     del truth, makers, masks, make
     workspace.reset()
     for name, parts in interleave(contestants, effort, tick).items():
