@@ -35,8 +35,9 @@ typedef struct samk_list {
 // uint64_t, and the bits beyond the last element are 0. Words begin at multiples of 8 bytes. data[t] == NULL
 // means that tensor t is dense: all its elements are perturbed. The dtype of such a list is not looked at.
 //
-// Where a word is 0, none of its 64 elements has a snapshot: perturb reads and writes nothing there, and who
-// reads snapshots afterwards reads the weight. In other words all 64 elements have one.
+// Where a word is 0, perturb may pass its 64 elements over, without a snapshot; in other words all 64 have
+// one. Restore and descend of the same library, given the same masks, know which have one and read the weight
+// where there is none.
 //
 // Where a tensor has `offsets`, int64_t by word, its snapshot is compact: it holds the elements whose bit is
 // set and no others, those of word k from offsets[k] on.

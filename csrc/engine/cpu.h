@@ -116,20 +116,42 @@ SAMK_INLINE void for_each_run(const WordMap& map, int64_t n, Body body) {
   }
 }
 
+// note: [scattered words]
+// Words that are 0 here and there among others save nothing: reading a random half of the words takes as long
+// as reading all, and whoever reads snapshots would have to read the weights as well. So a block of 64 words
+// in which they are scattered is perturbed, saved and restored as a whole. All that touch snapshots go by
+// this.
+constexpr int64_t kBlock = 64 * kWordBits;
+
+// Calls body(begin, size, is_saved) for every run of elements under a mask that have snapshots, or have none.
+template <class Body>
+SAMK_INLINE void for_each_saved_run(const uint64_t* words, int64_t n, Body body) {
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int64_t size = std::min(kBlock, n - first);
+    const WordMap map(words + first / kWordBits, size);
+    if (map.is_scattered()) {
+      body(first, size, true);
+      continue;
+    }
+    for_each_run(map, size,
+                 [&](int64_t begin, int64_t length, bool is_zero) { body(first + begin, length, !is_zero); });
+  }
+}
+
 // Bits from element i on, i a multiple of sixteen, for the pack that begins there.
 SAMK_INLINE uint32_t bits_at(const uint64_t* words, int64_t i) {
   return static_cast<uint32_t>(words[i / kWordBits] >> (i % kWordBits)) & 0xffffu;
 }
 
-// to = from, except in words that are 0. Without words all is copied.
+// to = from, where there are snapshots. Without words all is copied.
 template <class T>
 void copy_words(T* to, const T* from, const uint64_t* words, int64_t n, bool streaming) {
   const auto copy = [&](int64_t begin, int64_t size) {
     sweep(size, [&](int64_t i, auto part) { part.copy(to + begin + i, from + begin + i, streaming); });
   };
   if (words == nullptr) return copy(0, n);
-  for_each_run(WordMap(words, n), n, [&](int64_t begin, int64_t size, bool is_zero) {
-    if (!is_zero) copy(begin, size);
+  for_each_saved_run(words, n, [&](int64_t begin, int64_t size, bool is_saved) {
+    if (is_saved) copy(begin, size);
   });
 }
 

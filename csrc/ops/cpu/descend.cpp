@@ -16,8 +16,8 @@ struct Site {
   int64_t n;
   bool streaming;
 
-  // Calls body(i, old, part, stream), with the old weights at `old`. Where a word is 0 these were never
-  // moved; a write of what was just read does not stream.
+  // Calls body(i, old, part, stream), with the old weights at `old`. Where nothing was saved they were
+  // never moved; a write of what was just read does not stream.
   template <class Body>
   SAMK_INLINE void sweep(Body body) const {
     const auto run = [&](int64_t begin, int64_t size, const T* olds, bool streams) {
@@ -26,44 +26,9 @@ struct Site {
       });
     };
     if (words == nullptr) return run(0, n, from, streaming);
-    // By blocks: to look at all the words of a chunk first would wait for memory with nothing else to do.
-    constexpr int64_t kBlock = 64 * kWordBits;
-    for (int64_t first = 0; first < n; first += kBlock) {
-      const int64_t length = std::min(kBlock, n - first);
-      const WordMap map(words + first / kWordBits, length);
-      if (map.is_scattered()) {
-        sweep_scattered(map, first, length, run);
-        continue;
-      }
-      for_each_run(map, length, [&](int64_t begin, int64_t size, bool is_zero) {
-        const int64_t i = first + begin;
-        run(i, size, (is_zero ? w : from) + i, streaming && !is_zero);
-      });
-    }
-  }
-
-  // Half of the words, here and there, take as long to read as all of them: what lies between is fetched in
-  // vain. So both sides are read through, and nothing that depends on a word is a branch. Nothing streams,
-  // since the weights are in the cache then.
-  template <class Run>
-  SAMK_INLINE void sweep_scattered(const WordMap& map, int64_t first, int64_t length, Run run) const {
-    alignas(64) T olds[kWordBits];
-    for (int64_t k = 0; k < map.count(); ++k) {
-      const int64_t i = first + k * kWordBits, size = std::min<int64_t>(kWordBits, first + length - i);
-      const bool is_whole = size == kWordBits;
-      if (is_whole) merge(olds, from + i, w + i, map.is_zero(k) ? ~uint64_t{0} : 0);
-      run(i, size, is_whole ? olds : (map.is_zero(k) ? w : from) + i, false);
-    }
-  }
-
-  // The bits of b where those of the mask are set, of a elsewhere.
-  static SAMK_INLINE void merge(T* to, const T* a, const T* b, uint64_t mask) {
-    constexpr int kBlocks = kWordBits * sizeof(T) / sizeof(uint64_t);
-    uint64_t x[kBlocks], y[kBlocks];
-    std::memcpy(x, a, sizeof x);
-    std::memcpy(y, b, sizeof y);
-    for (int i = 0; i < kBlocks; ++i) x[i] = (x[i] & ~mask) | (y[i] & mask);
-    std::memcpy(to, x, sizeof x);
+    for_each_saved_run(words, n, [&](int64_t i, int64_t size, bool is_saved) {
+      run(i, size, (is_saved ? from : w) + i, streaming && is_saved);
+    });
   }
 };
 

@@ -59,22 +59,19 @@ void perturb_rest(T* w, const T* g, T* snapshot, uint64_t word, int64_t n, const
   std::memcpy(w, ws, n * sizeof(T));
 }
 
-// A chunk under a mask, where words that are 0 are passed over.
+// A chunk under a mask; what has no snapshot is passed over.
 template <class T, class Math, class Stream>
 void perturb_words(T* w, const T* g, T* snapshot, const uint64_t* words, int64_t n, const Math& math,
                    Stream stream) {
-  const int64_t whole = n / kWordBits;
-  for (int64_t k = 0; k < whole; ++k) {
-    if (words[k] == 0) {
-      while (k + 8 < whole && nonzero8(words + k + 1) == 0) k += 8;
-      continue;
+  for_each_saved_run(words, n, [&](int64_t begin, int64_t size, bool is_saved) {
+    if (!is_saved) return;
+    const int64_t end = begin + size;
+    int64_t i = begin;
+    for (; i + kWordBits <= end; i += kWordBits) {
+      perturb_word(w + i, g + i, snapshot + i, words[i / kWordBits], math, stream);
     }
-    const int64_t i = k * kWordBits;
-    perturb_word(w + i, g + i, snapshot + i, words[k], math, stream);
-  }
-  const int64_t i = whole * kWordBits;
-  if (i == n || words[whole] == 0) return;
-  perturb_rest(w + i, g + i, snapshot + i, words[whole], n - i, math);
+    if (i < end) perturb_rest(w + i, g + i, snapshot + i, words[i / kWordBits], end - i, math);
+  });
 }
 
 // The same with a compact snapshot: word by word, selected elements are copied on from a whole one of that
