@@ -25,9 +25,9 @@ from sam_kernels.backends import triton
 # One generation each with what its instructions differ in, and every dtype somewhere: what a dtype changes is
 # settled before the target has a say. + is every variant.
 SELECTED = {
-    "sm_80": "float32,float16,float64",
+    "sm_80": "float32,float16",
     "sm_90": "float32+,bfloat16,float64",
-    "sm_100": "float32,bfloat16,float64",
+    "sm_100": "float32,bfloat16",
     "gfx942": "float32,bfloat16",
 }
 NVIDIA = [target for target in SELECTED if target.startswith("sm_")]
@@ -37,9 +37,8 @@ THREADS_OF_WARP = 32
 REGISTERS_OF_THREAD, REGISTERS_OF_PROCESSOR = 255, 65536
 
 # Bytes of a thread that an assembler sets aside once for a chunk to fit one more block of threads beside, and
-# never in a loop over blocks: the first by the assembler of Triton 3.6, the second by that of 3.9.
+# never in a loop over blocks.
 SET_ASIDE = {
-    ("sm_80", "float64", "descend sgd momentum"): 16,
     ("sm_90", "float64", "descend adam masked"): 16,
 }
 
