@@ -78,6 +78,7 @@ class Perturb(Structure):
         ("snapshots", List),
         ("masters", List),
         ("masks", List),
+        ("offsets", List),
         ("row", POINTER(c_int32)),
         ("table", c_void_p),
         ("shape", c_int32),
@@ -90,7 +91,7 @@ class Perturb(Structure):
 
 
 class Restore(Structure):
-    _fields_ = [("params", List), ("snapshots", List), ("masks", List), ("queue", Queue)]
+    _fields_ = [("params", List), ("snapshots", List), ("masks", List), ("offsets", List), ("queue", Queue)]
 
 
 class Descend(Structure):
@@ -100,6 +101,7 @@ class Descend(Structure):
         ("snapshots", List),
         ("masters", List),
         ("masks", List),
+        ("offsets", List),
         ("state", List * 2),
         ("step", POINTER(c_void_p)),
         ("fresh", POINTER(c_uint8)),

@@ -41,7 +41,8 @@ def on_cuda(backend):
     """The backend on the GPU, skipped with its own sentence if it refuses; nothing where there is no GPU."""
     if not torch.cuda.is_available():
         return []
-    reason = backend.refusal(SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32, dense=True))
+    asked = {"device": torch.device("cuda", 0), "dtype": torch.float32, "dense": True, "compact": False}
+    reason = backend.refusal(SimpleNamespace(**asked))
     mark = pytest.mark.skipif(reason is not None, reason=str(reason))
     return [pytest.param(on(backend, "cuda"), id=f"{backend.name}-cuda", marks=mark)]
 
@@ -1237,7 +1238,8 @@ class TestForeachWithoutReadingTheDevice:
 
 def stand_in(**changed):
     """The attributes of a group that a refusal may look at."""
-    return SimpleNamespace(**{"device": torch.device("cpu"), "dtype": F32, "dense": True, **changed})
+    plain = {"device": torch.device("cpu"), "dtype": F32, "dense": True, "compact": False}
+    return SimpleNamespace(**{**plain, **changed})
 
 
 @pytest.mark.parametrize(

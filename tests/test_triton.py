@@ -21,7 +21,7 @@ from sam_kernels.tensor_groups import TensorGroup
 
 def stand_in(device="cuda", dtype=torch.float32, dense=True):
     """What `refusal` looks at, on a device this machine may not have."""
-    return SimpleNamespace(device=torch.device(device, 0), dtype=dtype, dense=dense)
+    return SimpleNamespace(device=torch.device(device, 0), dtype=dtype, dense=dense, compact=False)
 
 
 @pytest.fixture
