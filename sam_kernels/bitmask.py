@@ -69,14 +69,21 @@ def unpack(words: Tensor, like: Tensor) -> Tensor:
     return mask
 
 
-def relay(words: Tensor, shape: torch.Size, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
-    """The words of the same mask for other strides of its parameter."""
+Layout = tuple[torch.Size, tuple[int, ...]]
+"""Shape and strides of a parameter."""
+
+
+def unpack_from(words: Tensor, layout: Layout) -> Tensor:
+    """As `unpack`, for a parameter that is no more as it was."""
+    return unpack(words, torch.empty_strided(*layout, dtype=torch.bool, device=words.device))
+
+
+def relay(words: Tensor, old: Layout, new: Layout) -> Tensor:
+    """The words of the same mask for a parameter of as many elements in another shape or other strides."""
     if old == new:
         return words
-    before, after = (
-        torch.empty_strided(shape, strides, dtype=torch.bool, device=words.device) for strides in (old, new)
-    )
-    return pack(after.copy_(unpack(words, before)))
+    after = torch.empty_strided(*new, dtype=torch.bool, device=words.device)
+    return pack(after.copy_(unpack_from(words, old).reshape(new[0])))
 
 
 def flatten(tensor: Tensor) -> Tensor:

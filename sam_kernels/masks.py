@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .bitmask import count_bits, count_words, pack, relay, unpack
+from .bitmask import WORD, Layout, count_bits, count_words, pack, relay, unpack_from
 from .perturbation import Served
 from .policies import Dynamic, TopScores
 from .ranks import Ranks
@@ -45,12 +46,12 @@ class Masks:
 
     def __init__(self) -> None:
         self._words: dict[Tensor, Tensor] = {}
-        self._strides: dict[Tensor, tuple[int, ...]] = {}  # of the parameters, for which the words are
+        self._layouts: dict[Tensor, Layout] = {}  # of the parameters, for which the words are
         self._places: list[tuple[TensorGroup, Block]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # The blocks are made anew with the tensor groups, which no copy takes along.
-        return {"_words": self._words, "_strides": self._strides, "_places": []}
+        return {"_words": self._words, "_layouts": self._layouts, "_places": []}
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -64,7 +65,7 @@ class Masks:
             raise KeyError("masks: this is no parameter of the optimizer")
         words = self._words.get(param)
         if words is not None:
-            return unpack(words, param)
+            return unpack_from(words, self._layouts[param]).reshape(param.shape)
         return torch.full_like(param, self._takes_part(param), dtype=torch.bool, requires_grad=False)
 
     def words(self, param: Tensor) -> Tensor | None:
@@ -118,26 +119,29 @@ class Masks:
     def attach(self, groups: Sequence[TensorGroup]) -> None:
         """Move the words into blocks beside these groups, on their devices, and tell the groups.
 
-        Raises:
-            ValueError: if a parameter has changed its size since its mask was made.
+        A parameter that has changed its size since its mask was made loses it, with a warning.
         """
         self._places = []
         kept = {}
         for group in groups:
-            block = Block([p.numel() for p in group.params], group.device)
+            block = _block(group)
             for param, view in zip(group.params, block.views, strict=True):
                 words = self._words.get(param)
                 if words is None:
                     continue
-                if words.shape != view.shape:
-                    raise ValueError(
-                        f"a parameter of shape {tuple(param.shape)} has a mask for another number of "
-                        "elements; update the masks after parameters change their size"
+                layout = self._layouts[param]
+                if layout[0].numel() != param.numel():
+                    warnings.warn(
+                        f"a parameter of shape {tuple(param.shape)} had the mask of one of shape "
+                        f"{tuple(layout[0])} and is dense now; update the masks",
+                        UserWarning,
+                        stacklevel=2,
                     )
-                kept[param] = view.copy_(relay(words, param.shape, self._strides[param], param.stride()))
+                    continue
+                kept[param] = view.copy_(relay(words, layout, _layout(param)))
             self._places.append((group, block))
         self._words = kept
-        self._strides = {param: param.stride() for param in kept}
+        self._layouts = {param: _layout(param) for param in kept}
         self._tell()
 
     def saved(self, param: Tensor) -> Tensor | None:
@@ -145,7 +149,7 @@ class Masks:
         words = self._words.get(param)
         if words is None:
             return None
-        return relay(words, param.shape, self._strides[param], _contiguous(param))
+        return relay(words, self._layouts[param], _contiguous(param))
 
     @staticmethod
     def check(words: dict[Tensor, Tensor]) -> None:
@@ -156,7 +160,11 @@ class Masks:
         """
         for param, mask in words.items():
             expected = (count_words(param.numel()),)
-            if not isinstance(mask, Tensor) or mask.dtype != torch.int64 or tuple(mask.shape) != expected:
+            is_fit = isinstance(mask, Tensor) and mask.dtype == torch.int64 and tuple(mask.shape) == expected
+            rest = param.numel() % WORD
+            if is_fit and rest and (int(mask[-1]) & (1 << WORD) - 1) >> rest:
+                is_fit = False  # bits for elements that the parameter does not have
+            if not is_fit:
                 found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
                 raise ValueError(
                     f"the mask of a parameter of shape {tuple(param.shape)} is {found}; expected torch.int64 "
@@ -167,7 +175,7 @@ class Masks:
     def load(self, words: dict[Tensor, Tensor]) -> None:
         """Take masks from a checkpoint, which fit, in place of those there are; `attach` comes next."""
         self._words = dict(words)
-        self._strides = {param: _contiguous(param) for param in words}
+        self._layouts = {param: _contiguous(param) for param in words}
 
     def _tell(self) -> None:
         for group, block in self._places:
@@ -183,7 +191,7 @@ class Masks:
         for group, block in self._places:
             pairs = zip(group.params, block.views, strict=True)
             self._words |= {param: view for param, view in pairs if param in chosen}
-        self._strides |= {param: param.stride() for param in chosen}
+        self._layouts |= {param: _layout(param) for param in chosen}
         self._tell()
 
     # ---- updates -------------------------------------------------------------------------------
@@ -224,14 +232,28 @@ class Masks:
             )
         else:
             parts = [
-                Part(group, backend, Ranks([scores.get(p) for p in group.params]), block, flags)
-                for (group, block), (_, backend), flags in zip(self._places, served, compete, strict=True)
+                Part(group, backend, Ranks([scores.get(p) for p in group.params]), _block(group), flags)
+                for (group, _), (_, backend), flags in zip(self._places, served, compete, strict=True)
                 if any(flags)
             ]
             select(parts, policy.live(sum(p.numel() for p in chosen)), exact=policy.exact)
+            self._write_parts(parts)
         for param in dense:
             self._words.pop(param, None)
         self._adopt(chosen)
+
+    def _write_parts(self, parts: list[Part]) -> None:
+        """What was selected, all of it, and only now: a selection that fails changes no mask."""
+        self._write(
+            {
+                param: view
+                for part in parts
+                for param, view, takes in zip(
+                    part.group.params, part.block.views, part.takes_part, strict=True
+                )
+                if takes
+            }
+        )
 
     def _write(self, words: dict[Tensor, Tensor]) -> None:
         for group, block in self._places:
@@ -245,8 +267,8 @@ class Masks:
             [takes and p not in self._words for p, takes in _participants(group)] for group, _ in self._places
         ]
         parts = [
-            Part(group, backend, _random(policy, _STEPS, group, numbers), block, flags)
-            for (group, block), (_, backend), flags in zip(self._places, served, new, strict=True)
+            Part(group, backend, _random(policy, _STEPS, group, numbers), _block(group), flags)
+            for (group, _), (_, backend), flags in zip(self._places, served, new, strict=True)
             if any(flags)
         ]
         if not parts:
@@ -255,11 +277,12 @@ class Masks:
             p for part in parts for p, flag in zip(part.group.params, part.takes_part, strict=True) if flag
         ]
         select(parts, policy.first(sum(p.numel() for p in chosen)), exact=policy.exact)
+        self._write_parts(parts)
         self._adopt(chosen)
 
     def evolve(self, served: Served, policy: Dynamic, numbers: dict[Tensor, int], step: int) -> list[Block]:
         """The masks after dropping and growing, by the gradients that the groups hold; not yet in force."""
-        blocks = [Block([p.numel() for p in group.params], group.device) for group, _ in self._places]
+        blocks = [_block(group) for group, _ in self._places]
 
         def parts(criterion: str, outside: bool) -> list[Part]:
             made = []
@@ -284,8 +307,16 @@ class Masks:
         self._tell()
 
 
-def _contiguous(param: Tensor) -> tuple[int, ...]:
-    return torch.empty(param.shape, device="meta").stride()
+def _layout(param: Tensor) -> Layout:
+    return param.shape, param.stride()
+
+
+def _contiguous(param: Tensor) -> Layout:
+    return _layout(torch.empty(param.shape, device="meta"))
+
+
+def _block(group: TensorGroup) -> Block:
+    return Block([p.numel() for p in group.params], group.device)
 
 
 def _participants(group: TensorGroup) -> Iterable[tuple[Tensor, bool]]:

@@ -606,6 +606,7 @@ class SAM(MaskUpdates, Optimizer):
         self._retire_groups()
         if isinstance(self.recipe.mask, Sparse):
             self._masks.attach(groups)
+            self._next_masks = None  # it was for the former groups
         self._served = served
         self._layout = layout
         return served
@@ -707,6 +708,7 @@ class SAM(MaskUpdates, Optimizer):
         self._masks.check(words)
         self.base_optimizer.load_state_dict(state_dict)
         self._masks.load(words)
+        self._given = set(words)
         for index, (group, ours) in enumerate(zip(self.param_groups, kept, strict=True)):
             for key, value in ours.items():
                 group.setdefault(key, value)

@@ -252,7 +252,7 @@ def ssam_f(
         scope: "global", or "tensor" to select the same share of every tensor.
         norm: "full" as published, or "masked" for the norm of the perturbed weights alone.
         exact: of equal scores at the threshold keep those that come first, in place of all.
-        compact: keep snapshots of the perturbed weights alone, which saves memory.
+        compact: keep snapshots of the perturbed weights alone, which saves memory; fused on CPUs only.
         official_quirks: keep ``int(N (1 - sparsity))`` weights, which truncates; ours rounds.
 
     Raises:
@@ -309,14 +309,14 @@ def ssam_d(
         sparsity: share of the weights that is not perturbed (default 0.5; the authors' command line: 0.2).
         drop_rate: share of the mask that is dropped in the first update (default 0.5).
         every: steps between two updates (the authors: 5 epochs). To perturb on every k-th step only, replace
-            the recipe's cadence.
+            the recipe's cadence; updates that fall on other steps are then left out.
         growth: which are taken in: "random" (default), or those of the largest "gradient" or "weight".
         drop: which stay: those of the largest "gradient" (default) or "weight", or a "random" choice.
         t_end: step from which on nothing is dropped (the authors: the end of training); None for a constant
             drop_rate.
         norm: "full" as published, or "masked" for the norm of the perturbed weights alone.
         seed: of the random choices, which depend on seed, step, parameter and element alone.
-        compact: keep snapshots of the perturbed weights alone, which saves memory.
+        compact: keep snapshots of the perturbed weights alone, which saves memory; fused on CPUs only.
         official_quirks: count as the authors' code does, whose mask loses a weight to truncation, and many
             where ``sparsity < drop_rate (1 - sparsity)``; ours keeps its size.
 

@@ -81,7 +81,7 @@ def select(parts: list[Part], keep: int, *, exact: bool = False, add: bool = Fal
         parts: what competes; their blocks are written.
         keep: how many; all that take part where it is as many or more.
         exact: of equal ranks at the end, keep those that come first in the order of the lists and of memory.
-            Where the ties are many, this takes eight bytes of memory for each.
+            Where the ties are many, this takes some 24 bytes of memory for each.
         add: clear no bits.
 
     The host waits for the devices once for every level of bits that is counted.
@@ -148,7 +148,7 @@ def _settle(
     # The rank stands above the position, which counts down: the highest is the highest rank that comes first.
     first = gathered[0].device
     together = gathered[0] if len(gathered) == 1 else torch.cat([x.to(first) for x in gathered])
-    last = int(together.kthvalue(len(together) - keep + 1).values)
+    last = int(_smallest_kept(together, keep))
     if not exact:
         last &= -1 << _POSITION_BITS
     for part, candidates, base in zip(parts, gathered, bases, strict=True):
@@ -156,7 +156,14 @@ def _settle(
         position = (1 << _POSITION_BITS) - 1 - (chosen & (1 << _POSITION_BITS) - 1) - base
         # Each bit is clear so far, and comes once: adding it is setting it.
         bit = torch.ones_like(position) << (position & WORD - 1)
-        part.block.words.scatter_add_(0, position >> 6, bit)
+        part.block.words.index_put_((position >> 6,), bit, accumulate=True)
+
+
+def _smallest_kept(values: Tensor, keep: int) -> Tensor:
+    """The least of the `keep` highest; kthvalue of accelerators is refused in deterministic mode."""
+    if values.device.type == "cpu":
+        return values.kthvalue(len(values) - keep + 1).values
+    return values.sort().values[len(values) - keep]
 
 
 # ---- other patterns, in plain torch ------------------------------------------------------------------------
@@ -169,7 +176,7 @@ def select_by_tensor(scores: Tensor, keep: int, *, exact: bool = False) -> Tenso
         ranks = ranks << 32 | torch.arange(len(ranks) - 1, -1, -1, device=ranks.device)
     if keep <= 0 or len(ranks) == 0:
         return pack(torch.zeros_like(ranks, dtype=torch.bool))
-    last = ranks.kthvalue(len(ranks) - min(keep, len(ranks)) + 1).values
+    last = _smallest_kept(ranks, min(keep, len(ranks)))
     return pack(ranks >= last)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bitmask import count_bits, flatten, is_dense, unpack
+from .bitmask import count_bits, flatten, is_dense, unpack_from
 from .policies import Adaptive, Member, Metric
 from .recipe import Recipe
 
@@ -267,14 +267,19 @@ class TensorGroup:
         for t, (param, snapshot) in enumerate(zip(self.params, self.snapshots, strict=True)):
             if snapshot is None or not self.fits(t):
                 continue
-            if self.offsets is not None and self.offsets[t] is not None:
-                put_back(param, unpack(self.masks[t], param), snapshot)  # type: ignore[index, arg-type]
-                continue
-            saved = snapshot.view_as(param) if snapshot.shape != param.shape else snapshot
             words = None if self.masks is None else self.masks[t]
-            if words is not None:  # of weights that were not perturbed there may be no snapshot
-                saved = torch.where(unpack(words, param).to(param.device), saved.to(param), param)
-            param.copy_(saved)
+            if words is None:
+                param.copy_(snapshot.view_as(param) if snapshot.shape != param.shape else snapshot)
+                continue
+            # Of weights that were not perturbed there may be no snapshot. All this is for the parameter as it
+            # was, and it may have other strides now.
+            layout = self._layout[t][2:]
+            mask, saved = unpack_from(words, layout), snapshot
+            if self.offsets is not None and self.offsets[t] is not None:
+                saved = torch.empty_strided(*layout, dtype=snapshot.dtype, device=snapshot.device)
+                put_back(saved, mask, snapshot)
+            mask, saved = (x.to(param.device).reshape(param.shape) for x in (mask, saved))
+            param.copy_(torch.where(mask, saved.to(param.dtype), param))
 
     def fits(self, t: int) -> bool:
         """Whether the snapshot of tensor t, if there is one, still fits its parameter."""

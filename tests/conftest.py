@@ -33,13 +33,24 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
 
 
+# Files of which the interpreter runs every n-th case: they test what happens around the passes, and all other
+# backends run them whole. The passes themselves have test_masked_passes.py.
+_THINNED = {"test_masks.py": 8, "test_selection.py": 4}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The interpreter takes a thousand times as long as what it interprets, so products are thinned for it.
 
-    Of recipes times base optimizers it runs every fourth pair: each recipe and each base appears, in both
-    dtypes. The rest is marked thorough; `pytest -m thorough` runs that.
+    Of files about masks it runs a part. Of recipes times base optimizers it runs every fourth pair: each
+    recipe and each base appears, in both dtypes. The rest is marked thorough; `pytest -m thorough` runs that.
     """
+    thinned: dict[str, int] = {}
     for item in items:
+        module = item.nodeid.partition("::")[0].rpartition("/")[2]
+        if module in _THINNED and "interpreted" in item.nodeid:
+            thinned[module] = thinned.get(module, -1) + 1
+            if thinned[module] % _THINNED[module]:
+                item.add_marker(pytest.mark.thorough)
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         recipe, base = parameters.get("recipe"), parameters.get("base")
         if parameters.get("backend") != "interpreted" or recipe not in RECIPES or base not in BASES:

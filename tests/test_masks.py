@@ -1128,9 +1128,12 @@ def test_a_parameter_of_another_size_needs_another_mask():
     opt.update_masks(masks=[torch.ones(100).bool()])
     w.data = torch.ones(300)
     w.grad = torch.ones(300)
-    with pytest.raises(ValueError, match=r"\(300,\).*mask"):
+    with pytest.warns(UserWarning, match=r"shape \(300,\) had the mask of one of shape \(100,\)"):
         opt.first_step()
-    assert torch.equal(w, torch.ones(300))
+    assert (w != 1).all()  # dense, as before any update
+    opt.step()
+    opt.update_masks(masks=[torch.arange(300) < 10])
+    assert opt.masks.count() == 10
 
 
 # ---- reading -------------------------------------------------------------------------------------------
@@ -1336,3 +1339,87 @@ def test_names_and_parameters_that_do_not_exist_are_refused():
         opt.first_step()
     with pytest.raises(KeyError, match="no parameter of the optimizer"):
         opt.masks[torch.nn.Parameter(torch.ones(2))]
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_weights_that_change_their_memory_format_while_perturbed_are_restored(compact):
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(4, 3, 5, 5))
+    before = weight.detach().clone()
+    opt = SAM([weight], torch.optim.SGD, recipe=recipes.ssam_f(compact=compact), lr=0.1)
+    opt.update_masks(scores=[torch.rand_like(weight)])
+    weight.grad = torch.randn_like(weight)
+    opt.first_step()
+    assert not torch.equal(weight, before)
+    weight.data = weight.data.to(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="The weights are restored"):
+        opt.step()
+    assert torch.equal(weight, before)
+
+
+def test_a_selection_that_fails_halfway_changes_no_mask(monkeypatch):
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(20_000))
+    opt = SAM([weight], torch.optim.SGD, recipe=recipes.ssam_f(compact=True), lr=0.1)
+    opt.update_masks(scores=[torch.rand_like(weight)])
+    before = opt.masks[weight].clone()
+
+    def fails(values, keep):
+        raise MemoryError
+
+    monkeypatch.setattr("sam_kernels.selection._smallest_kept", fails)
+    with pytest.raises(MemoryError):
+        opt.update_masks(scores=[torch.rand_like(weight)])
+    assert torch.equal(opt.masks[weight], before)
+
+
+def test_given_masks_are_asked_for_again_where_a_checkpoint_has_none():
+    weight = torch.nn.Parameter(torch.ones(4))
+    mask = torch.tensor([True, False, False, False])
+    opt = SAM([("a", weight)], torch.optim.SGD, recipe=Recipe(mask=Given({"a": mask})), lr=0.1)
+    saved = opt.state_dict()
+    for _ in range(2):
+        weight.grad = torch.ones(4)
+        opt.first_step()
+        opt.step()
+        assert torch.equal(opt.masks[weight], mask)
+        opt.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_masks_with_bits_beyond_the_last_element_are_refused(compact):
+    recipe = recipes.ssam_f(sparsity=0.0, compact=compact)
+    large, small = torch.nn.Parameter(torch.ones(64)), torch.nn.Parameter(torch.ones(3))
+    source = SAM([large], torch.optim.SGD, recipe=recipe, lr=0.1)
+    source.update_masks(scores=[torch.rand(64)])
+    target = SAM([small], torch.optim.SGD, recipe=recipe, lr=0.1)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        target.load_state_dict(source.state_dict())
+    memory = torch.full((64,), 7.0)
+    large.data = memory[:3]
+    large.grad = torch.ones(3)
+    with pytest.warns(UserWarning, match="is dense now"):
+        source.first_step()
+    source.step()
+    assert (memory[3:] == 7).all() and source.masks.count() == 3
+
+
+def test_parameters_that_join_in_the_middle_of_an_update_of_masks():
+    first, second = (torch.nn.Parameter(torch.randn(100)) for _ in range(2))
+    opt = SAM([first], torch.optim.SGD, recipe=recipes.ssam_d(every=1), lr=0.1)
+    first.grad = torch.randn(100)
+    opt.first_step()
+    opt.base_optimizer.add_param_group({"params": [second]})
+    first.grad, second.grad = torch.randn(100), torch.randn(100)
+    opt.step()
+    assert opt.masks[first].sum() == 50 and opt.param_groups[0]["sam_step"] == 1
+
+
+def test_masks_of_reshaped_parameters_are_saved():
+    weight = torch.nn.Parameter(torch.randn(4, 8))
+    opt = SAM([weight], torch.optim.SGD, recipe="ssam_f", lr=0.1)
+    opt.update_masks(scores=[torch.rand(4, 8)])
+    before = opt.masks[weight].flatten()
+    weight.data = weight.data.view(32)
+    opt.load_state_dict(opt.state_dict())
+    assert torch.equal(opt.masks[weight], before)

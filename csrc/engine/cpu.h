@@ -160,7 +160,8 @@ template <class Body>
 SAMK_INLINE void for_each_selected(const uint64_t* words, int64_t n, Body body) {
   int64_t k = 0;
   for (int64_t word = 0; word < word_count(n); ++word) {
-    for (uint64_t left = words[word]; left != 0; left &= left - 1) {
+    const uint64_t own = words[word] & low_bits(n - word * kWordBits);
+    for (uint64_t left = own; left != 0; left &= left - 1) {
       body(word * kWordBits + __builtin_ctzll(left), k++);
     }
   }

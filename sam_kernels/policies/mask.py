@@ -121,7 +121,8 @@ class Sparse(Mask):
     Args:
         norm: "full" for the norm of the whole gradient, as published, so that ``||e|| <= rho``; "masked" for
             that of the selected weights, so that ``||e|| = rho``.
-        compact: keep snapshots of the selected weights alone, for the sake of memory.
+        compact: keep snapshots of the selected weights alone, for the sake of memory. The native passes do
+            so on CPUs; elsewhere it is done tensor by tensor in plain torch, which waits for the device.
 
     Raises:
         ValueError: if norm is neither, or compact no bool.
@@ -284,7 +285,7 @@ class Dynamic(Ranked):
         if self.official_quirks:
             return int((count - count * self.sparsity) * rest)
         live = self.live(count)
-        return max(int(live * rest), 2 * live - count)
+        return max(int(live * rest + 1e-9), 2 * live - count)  # 0.1 of 10 is 1, though 1 - 0.9 is less
 
     def grown(self, count: int, step: int) -> int:
         """How many weights an update adds; with the kept ones as many as there were.

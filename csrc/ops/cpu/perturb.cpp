@@ -80,7 +80,7 @@ template <class T, class Math>
 void perturb_compact(T* w, const T* g, T* compact, const uint64_t* words, int64_t n, const Math& math) {
   alignas(64) T snapshot[kWordBits];
   for (int64_t i = 0; i < n; i += kWordBits) {
-    const uint64_t word = words[i / kWordBits];
+    const uint64_t word = words[i / kWordBits] & low_bits(n - i);
     if (word == 0) continue;
     if (n - i < kWordBits) {
       perturb_rest(w + i, g + i, snapshot, word, n - i, math);
