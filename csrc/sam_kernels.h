@@ -100,8 +100,8 @@ SAMK_API void samk_plan_destroy(samk_plan* plan);
 SAMK_API int64_t samk_plan_workspace_bytes(const samk_plan* plan);
 
 // out[0] = sum (or max) over tensors with data and a row that is not SAMK_FIXED of moment(T * g).
-// params may be absent unless a row is SAMK_ADAPTIVE. A NaN or infinity in any gradient makes
-// out[0] non-finite, whatever the moment. out[0] is then taken to the power 1/root.
+// params may be absent unless a row is SAMK_ADAPTIVE. A NaN or infinity in any gradient that
+// counts makes out[0] non-finite, whatever the moment. out[0] is then taken to the power 1/root.
 typedef struct samk_sq_norm_args {
   samk_list grads, params;
   samk_list masks;  // note: [masks]; where there are some, only elements whose bit is set count

@@ -77,7 +77,8 @@ class MaskUpdates:
         loss per batch gives a term per batch; a loader of single samples, or a loss_fn that returns the
         vector of its samples' losses, gives a term per sample, as published. ``update_masks(scores=...)``
         ranks your own scores and ``update_masks(masks=...)`` takes masks as they are. Call it between steps.
-        Gradients stay as they were, and so do normalization statistics if the optimizer knows the model.
+        The parameters' gradients stay as they were, and, if the optimizer knows the model, so do those of its
+        other parameters and its normalization statistics.
 
         Args:
             batches: what loss_fn is called with, one at a time.
@@ -87,8 +88,8 @@ class MaskUpdates:
             scores: tensors of the parameters' shapes, larger for weights to be perturbed, compared by size: a
                 dict by name or parameter, a list in the order of the parameters, or a function of the
                 parameter.
-            masks: bool tensors, likewise; None makes a parameter dense. Recipes that make their own masks
-                replace a None in the next step.
+            masks: bool tensors, likewise; None makes a parameter dense, though ``ssam_d`` draws a new
+                mask for it in the next step.
 
         Raises:
             TypeError: if the recipe has no such masks, or not exactly one source is given.

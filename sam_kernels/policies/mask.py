@@ -120,7 +120,8 @@ class Sparse(Mask):
 
     Args:
         norm: "full" for the norm of the whole gradient, as published, so that ``||e|| <= rho``; "masked" for
-            that of the selected weights, so that ``||e|| = rho``.
+            that of the selected weights, so that ``||e|| = rho``; gradients outside the mask that are not
+            finite do not skip the step then.
         compact: keep snapshots of the selected weights alone, for the sake of memory. The native passes do
             so on CPUs; elsewhere it is done tensor by tensor in plain torch, which waits for the device.
 
