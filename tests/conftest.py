@@ -33,9 +33,9 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
 
 
-# Files of which the interpreter runs every n-th case: they test what happens around the passes, and all other
-# backends run them whole. The passes themselves have test_masked_passes.py.
-_THINNED = {"test_masks.py": 8, "test_selection.py": 4}
+# Files of which the interpreter runs every n-th case, n odd so that it meets every parameter. All other
+# backends run them whole.
+_THINNED = {"test_masks.py": 13, "test_selection.py": 7, "test_masked_passes.py": 3, "test_passes.py": 3}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
