@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .construction import member_lookup
-from .masks import Masks
+from .masks import Masks, describe
 from .perturbation import Measure, Served
 from .policies import Dynamic, Given, Member, Sparse, TopScores
 from .recipe import Recipe
@@ -179,14 +179,16 @@ class MaskUpdates:
     def _begin_masks(self, served: Served) -> None:
         """Before the norm: masks that the recipe makes by itself, where there are none or they are due."""
         policy = self.recipe.mask
-        if isinstance(policy, Dynamic):
+        if isinstance(policy, Dynamic) and not self._masks.are_complete:
             self._masks.begin(served, policy, self._numbers())
         elif isinstance(policy, Given):
-            member_of = member_lookup(self.param_groups, self.model)
-            self._check_names(policy, member_of)
             params = [p for group, _ in served for p in group.params]
             if not policy.is_due(self.param_groups[0]["sam_step"]):
                 params = [p for p in params if p not in self._given and self._masks.words(p) is None]
+            if not params and self._given:
+                return  # the usual step asks for nothing
+            member_of = member_lookup(self.param_groups, self.model)
+            self._check_names(policy, member_of)
             if params:
                 self._masks.give({p: ask(policy, p, member_of(p)) for p in params})
                 self._given |= set(params)
@@ -263,8 +265,7 @@ def check_mask(mask: Any, param: Tensor, name: str) -> Tensor:
         ValueError: if it is not a bool tensor of its shape.
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != param.shape:
-        found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
-        raise ValueError(f"the mask of {name} is {found}; expected torch.bool {tuple(param.shape)}")
+        raise ValueError(f"the mask of {name} is {describe(mask)}; expected torch.bool {tuple(param.shape)}")
     return torch.empty_like(param, dtype=torch.bool, requires_grad=False).copy_(mask)
 
 
@@ -276,9 +277,9 @@ def check_score(score: Any, param: Tensor, name: str) -> Tensor:
     """
     is_fit = isinstance(score, Tensor) and score.is_floating_point() and score.shape == param.shape
     if not is_fit:
-        found = f"{score.dtype} {tuple(score.shape)}" if isinstance(score, Tensor) else repr(score)
         raise ValueError(
-            f"the scores of {name} are {found}; expected a floating-point tensor {tuple(param.shape)}"
+            f"the scores of {name} are {describe(score)}; expected a floating-point tensor "
+            f"{tuple(param.shape)}"
         )
     if (score.dtype, score.device, score.stride()) == (torch.float32, param.device, param.stride()):
         return score.detach()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,10 +49,11 @@ class Masks:
         self._words: dict[Tensor, Tensor] = {}
         self._layouts: dict[Tensor, Layout] = {}  # of the parameters, for which the words are
         self._places: list[tuple[TensorGroup, Block]] = []
+        self.are_complete = False  # whether every parameter that takes part has a mask
 
     def __getstate__(self) -> dict[str, Any]:
         # The blocks are made anew with the tensor groups, which no copy takes along.
-        return {"_words": self._words, "_layouts": self._layouts, "_places": []}
+        return {"_words": self._words, "_layouts": self._layouts, "_places": [], "are_complete": False}
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -61,12 +63,15 @@ class Masks:
         Raises:
             KeyError: if the optimizer has no such parameter.
         """
-        if all(p is not param for group, _ in self._places for p in group.params):
-            raise KeyError("masks: this is no parameter of the optimizer")
-        words = self._words.get(param)
-        if words is not None:
-            return unpack_from(words, self._layouts[param]).reshape(param.shape)
-        return torch.full_like(param, self._takes_part(param), dtype=torch.bool, requires_grad=False)
+        for group, _ in self._places:
+            for candidate, takes_part in _participants(group):
+                if candidate is not param:
+                    continue
+                words = self._words.get(param)
+                if words is not None:
+                    return unpack_from(words, self._layouts[param]).reshape(param.shape)
+                return torch.full_like(param, takes_part, dtype=torch.bool, requires_grad=False)
+        raise KeyError("masks: this is no parameter of the optimizer")
 
     def words(self, param: Tensor) -> Tensor | None:
         """The packed mask, int64 [ceil(numel / 64)], see `sam_kernels.bitmask`; None where it is dense."""
@@ -80,7 +85,7 @@ class Masks:
             sums = torch.zeros(len(block.words) + 1, dtype=torch.int64, device=group.device)
             torch.cumsum(count_bits(block.words), 0, out=sums[1:])
             counts = sums[starts[1:]] - sums[starts[:-1]]
-            whole = [p.numel() * takes for p, takes in zip(group.params, group.participates, strict=True)]
+            whole = [p.numel() * takes for p, takes in _participants(group)]
             dense = torch.tensor([p not in self._words for p in group.params], device=group.device)
             counts = torch.where(dense, torch.tensor(whole, device=group.device), counts)
             found.append(counts.to(self._places[0][0].device))
@@ -105,14 +110,6 @@ class Masks:
 
     def _sizes(self) -> list[int]:
         return [p.numel() for group, _ in self._places for p in group.params]
-
-    def _takes_part(self, param: Tensor) -> bool:
-        return all(
-            takes
-            for group, _ in self._places
-            for p, takes in zip(group.params, group.participates, strict=True)
-            if p is param
-        )
 
     # ---- their place beside the tensor groups --------------------------------------------------
 
@@ -165,11 +162,10 @@ class Masks:
             if is_fit and rest and (int(mask[-1]) & (1 << WORD) - 1) >> rest:
                 is_fit = False  # bits for elements that the parameter does not have
             if not is_fit:
-                found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
                 raise ValueError(
-                    f"the mask of a parameter of shape {tuple(param.shape)} is {found}; expected torch.int64 "
-                    f"{expected}. The state that was loaded belongs to another model, or has been through an "
-                    "optimizer that casts what it does not know"
+                    f"the mask of a parameter of shape {tuple(param.shape)} is {describe(mask)}; expected "
+                    f"torch.int64 {expected}. The state that was loaded belongs to another model, or has "
+                    "been through an optimizer that casts what it does not know"
                 )
 
     def load(self, words: dict[Tensor, Tensor]) -> None:
@@ -184,14 +180,20 @@ class Masks:
                 for param, view in zip(group.params, block.views, strict=True)
             ]
             group.set_masks(masks)
+        self.are_complete = all(
+            param in self._words
+            for group, _ in self._places
+            for param, takes_part in _participants(group)
+            if takes_part
+        )
 
-    def _adopt(self, params: Iterable[Tensor]) -> None:
-        """The blocks now hold masks of these parameters."""
-        chosen = set(params)
+    def _adopt(self, words: dict[Tensor, Tensor]) -> None:
+        """Copy these masks into the blocks; they are in force from now on."""
         for group, block in self._places:
-            pairs = zip(group.params, block.views, strict=True)
-            self._words |= {param: view for param, view in pairs if param in chosen}
-        self._layouts |= {param: _layout(param) for param in chosen}
+            for param, view in zip(group.params, block.views, strict=True):
+                if param in words:
+                    self._words[param] = view.copy_(words[param])
+                    self._layouts[param] = _layout(param)
         self._tell()
 
     # ---- updates -------------------------------------------------------------------------------
@@ -199,10 +201,6 @@ class Masks:
     def give(self, masks: dict[Tensor, Tensor | None]) -> None:
         """Bool tensors by parameter; None makes one dense."""
         packed = {param: pack(mask) for param, mask in masks.items() if mask is not None}
-        for group, block in self._places:
-            for param, view in zip(group.params, block.views, strict=True):
-                if param in packed:
-                    view.copy_(packed[param])
         for param in masks.keys() - packed.keys():
             self._words.pop(param, None)
         self._adopt(packed)
@@ -210,75 +208,33 @@ class Masks:
     def select(self, served: Served, policy: TopScores, scores: dict[Tensor, Tensor]) -> None:
         """Masks of the highest scores; parameters without scores keep the masks they have."""
         dense = {p for p in scores if policy.pattern == "nm" and not has_groups(p.shape, policy.m)}
-        compete = [
-            [takes and p in scores and p not in dense for p, takes in _participants(group)]
-            for group, _ in self._places
-        ]
-        chosen = [
-            param
-            for (group, _), flags in zip(self._places, compete, strict=True)
-            for param, flag in zip(group.params, flags, strict=True)
-            if flag
-        ]
+        chosen = _chosen(served, lambda p: p in scores and p not in dense)
         if policy.pattern == "nm":
-            self._write({p: select_groups(scores[p], policy.n, policy.m) for p in chosen})
+            words = {p: select_groups(scores[p], policy.n, policy.m) for p in chosen}
         elif policy.pattern == "structured":
             filled = [p for p in chosen if p.numel()]
             keep = policy.live(sum(p.numel() for p in filled))
-            self._write(dict(zip(filled, select_channels([scores[p] for p in filled], keep), strict=True)))
+            words = {p: torch.zeros(0, dtype=torch.int64) for p in chosen if not p.numel()}
+            words |= zip(filled, select_channels([scores[p] for p in filled], keep), strict=True)
         elif policy.scope == "tensor":
-            self._write(
-                {p: select_by_tensor(scores[p], policy.live(p.numel()), exact=policy.exact) for p in chosen}
-            )
+            words = {
+                p: select_by_tensor(scores[p], policy.live(p.numel()), exact=policy.exact) for p in chosen
+            }
         else:
-            parts = [
-                Part(group, backend, Ranks([scores.get(p) for p in group.params]), _block(group), flags)
-                for (group, _), (_, backend), flags in zip(self._places, served, compete, strict=True)
-                if any(flags)
-            ]
-            select(parts, policy.live(sum(p.numel() for p in chosen)), exact=policy.exact)
-            self._write_parts(parts)
+            keep = policy.live(sum(p.numel() for p in chosen))
+            words = _selected(
+                served, chosen, lambda group: Ranks([scores.get(p) for p in group.params]), keep, policy.exact
+            )
         for param in dense:
             self._words.pop(param, None)
-        self._adopt(chosen)
-
-    def _write_parts(self, parts: list[Part]) -> None:
-        """What was selected, all of it, and only now: a selection that fails changes no mask."""
-        self._write(
-            {
-                param: view
-                for part in parts
-                for param, view, takes in zip(
-                    part.group.params, part.block.views, part.takes_part, strict=True
-                )
-                if takes
-            }
-        )
-
-    def _write(self, words: dict[Tensor, Tensor]) -> None:
-        for group, block in self._places:
-            for param, view in zip(group.params, block.views, strict=True):
-                if param in words:
-                    view.copy_(words[param])
+        self._adopt(words)
 
     def begin(self, served: Served, policy: Dynamic, numbers: dict[Tensor, int]) -> None:
         """Masks of weights chosen at random, where there are none yet."""
-        new = [
-            [takes and p not in self._words for p, takes in _participants(group)] for group, _ in self._places
-        ]
-        parts = [
-            Part(group, backend, _random(policy, _STEPS, group, numbers), _block(group), flags)
-            for (group, _), (_, backend), flags in zip(self._places, served, new, strict=True)
-            if any(flags)
-        ]
-        if not parts:
-            return
-        chosen = [
-            p for part in parts for p, flag in zip(part.group.params, part.takes_part, strict=True) if flag
-        ]
-        select(parts, policy.first(sum(p.numel() for p in chosen)), exact=policy.exact)
-        self._write_parts(parts)
-        self._adopt(chosen)
+        chosen = _chosen(served, lambda p: p not in self._words)
+        keep = policy.first(sum(p.numel() for p in chosen))
+        ranks = partial(_random, policy, _STEPS, numbers=numbers)
+        self._adopt(_selected(served, chosen, ranks, keep, policy.exact))
 
     def evolve(self, served: Served, policy: Dynamic, numbers: dict[Tensor, int], step: int) -> list[Block]:
         """The masks after dropping and growing, by the gradients that the groups hold; not yet in force."""
@@ -321,6 +277,36 @@ def _block(group: TensorGroup) -> Block:
 
 def _participants(group: TensorGroup) -> Iterable[tuple[Tensor, bool]]:
     return zip(group.params, group.participates, strict=True)
+
+
+def _chosen(served: Served, wants: Callable[[Tensor], bool]) -> list[Tensor]:
+    """The parameters that take part and are wanted."""
+    return [p for group, _ in served for p, takes in _participants(group) if takes and wants(p)]
+
+
+def _selected(
+    served: Served, chosen: list[Tensor], ranks: Callable[[TensorGroup], Ranks], keep: int, exact: bool
+) -> dict[Tensor, Tensor]:
+    """The words of the highest ranks, in blocks of their own: a selection that fails changes no mask."""
+    wanted = set(chosen)
+    flags = [[p in wanted for p in group.params] for group, _ in served]
+    parts = [
+        Part(group, backend, ranks(group), _block(group), takes)
+        for (group, backend), takes in zip(served, flags, strict=True)
+        if any(takes)
+    ]
+    select(parts, keep, exact=exact)
+    return {
+        param: words
+        for part in parts
+        for param, words in zip(part.group.params, part.masks, strict=True)
+        if words is not None
+    }
+
+
+def describe(value: Any) -> str:
+    """What was found in place of a tensor, for messages."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def _random(policy: Dynamic, step: int, group: TensorGroup, numbers: dict[Tensor, int]) -> Ranks:

@@ -29,8 +29,6 @@ _SHARE, _FEW = 512, 4096
 
 _POSITION_BITS = 43
 
-Tensors = Sequence[Tensor | None]
-
 
 class Block:
     """The words of a tensor list in one piece of memory, and a view of each tensor's.

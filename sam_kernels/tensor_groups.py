@@ -233,6 +233,10 @@ class TensorGroup:
         if self.masks is not None:
             self.offsets = [None if words is None else _offsets(words) for words in self.masks]
 
+    def is_compact(self, t: int) -> bool:
+        """Whether the snapshot of tensor t holds the elements under its mask alone."""
+        return self.offsets is not None and self.offsets[t] is not None
+
     def take_snapshots(self) -> None:
         """Hand a buffer to every tensor that is about to be perturbed, and None to the others.
 
@@ -275,7 +279,7 @@ class TensorGroup:
             # was, and it may have other strides now.
             layout = self._layout[t][2:]
             mask, saved = unpack_from(words, layout), snapshot
-            if self.offsets is not None and self.offsets[t] is not None:
+            if self.is_compact(t):
                 saved = torch.empty_strided(*layout, dtype=snapshot.dtype, device=snapshot.device)
                 put_back(saved, mask, snapshot)
             mask, saved = (x.to(param.device).reshape(param.shape) for x in (mask, saved))
@@ -284,7 +288,7 @@ class TensorGroup:
     def fits(self, t: int) -> bool:
         """Whether the snapshot of tensor t, if there is one, still fits its parameter."""
         param, snapshot = self.params[t], self.snapshots[t]
-        if self.offsets is not None and self.offsets[t] is not None:
+        if self.is_compact(t):
             return param.numel() == self._sizes[t]
         if snapshot is None or snapshot.shape == param.shape:
             return True
@@ -292,7 +296,7 @@ class TensorGroup:
 
     def _allocate(self, indices: list[int]) -> None:
         """One block for all new buffers: thousands of small allocations would cost more than the pass."""
-        compact = [t for t in indices if self.offsets is not None and self.offsets[t] is not None]
+        compact = list(filter(self.is_compact, indices))
         if compact:
             self._allocate_compact(compact)
             indices = [t for t in indices if self._buffers[t] is None]

@@ -160,15 +160,10 @@ def mask_of(group: TensorGroup, t: int) -> Tensor | None:
     return None if words is None else unpack(words, group.params[t])
 
 
-def is_compact(group: TensorGroup, t: int) -> bool:
-    """Whether the snapshot of tensor t holds the elements under its mask alone."""
-    return group.offsets is not None and group.offsets[t] is not None
-
-
 def whole_snapshot(group: TensorGroup, t: int) -> Tensor | None:
     """The weights of tensor t as they were before the perturbation; None where it was not perturbed."""
     snapshot, mask = group.snapshots[t], mask_of(group, t)
-    if snapshot is None or mask is None or not is_compact(group, t):
+    if snapshot is None or mask is None or not group.is_compact(t):
         return snapshot
     whole = torch.empty_like(group.params[t]).copy_(group.params[t])
     put_back(whole, mask, snapshot)
@@ -231,7 +226,7 @@ class Reference:
             if snapshot is None or g is None:
                 continue
             mask = mask_of(group, t)
-            snapshot.copy_(flatten(w)[flatten(mask)] if is_compact(group, t) else w)  # type: ignore[arg-type]
+            snapshot.copy_(flatten(w)[flatten(mask)] if group.is_compact(t) else w)  # type: ignore[arg-type]
             if not torch.isfinite(norm):
                 continue
             wide = opmath(w)
