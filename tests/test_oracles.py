@@ -16,10 +16,10 @@ from oracles.msam import Msam
 from oracles.multistep_sam import MultiStepSam
 from oracles.normal import normal
 from oracles.rand_sam import RandSam
-from oracles.sam import total_norm
+from oracles.sam import perturbation, total_norm
 from oracles.samar import Samar
 from oracles.steps import dot, moved, run, total
-from oracles.toys import FOUR_SAMPLES, ONE_TENSOR, THREE_TENSORS, flat, toy_gradient, toy_start
+from oracles.toys import FOUR_SAMPLES, ONE_TENSOR, THREE_TENSORS, Quadratic, flat, toy_gradient, toy_start
 from variants import FIXED, VECTORS
 
 # The toy's numbers carry ten digits after the point, those on quadratics nine significant ones.
@@ -239,6 +239,23 @@ def test_second_of_three_projected_ascent_steps():
     run(MultiStepSam(0.05, 3), ONE_TENSOR.start, gradient, Sgd(lr=0.1), 1)
     e = total((1.0, visited[2]), (-1.0, ONE_TENSOR.start))
     equal(e, (0.0153232452, 0.0326417102, -0.0346369299))
+
+
+def test_a_perturbation_for_each_half_of_a_batch():
+    halves = [
+        Quadratic(ONE_TENSOR.start, {"fc.weight": toys.row(*slope)}, {"fc.weight": toys.row(*curvature)})
+        for slope, curvature in (
+            ((0.3, 0.2, -0.5), (1.5, 2.5, 3.5)),
+            ((-0.1, 0.2, 0.1), (0.5, 1.5, 2.5)),
+        )
+    ]
+    e = [perturbation(half.start, half.slope, rho=0.05) for half in halves]
+    equal(e[0], (0.0243332132, 0.0162221421, -0.0405553553))
+    equal(e[1], (-0.0204124145, 0.040824829, 0.0204124145))
+    first, second = (half.gradient(moved(half.start, d)) for half, d in zip(halves, e, strict=True))
+    mean = total((0.5, first), (0.5, second))
+    equal(mean, (0.113146806, 0.250896299, -0.245456354))
+    equal(moved(ONE_TENSOR.start, mean, -0.1), (0.988685319, -2.02508963, 3.02454564))
 
 
 def test_k_sam_keeps_the_samples_it_chose_at_the_weights():

@@ -90,7 +90,7 @@ def test_known_numbers(vector, backend):
 
 @three_backends
 def test_gsam_with_a_radius_tied_to_the_learning_rate(backend):
-    from sam_kernels.recipe import ProportionalToLr
+    from sam_kernels.schedules import ProportionalToLr
 
     weights = toy_parameters()
     rho = ProportionalToLr(rho_max=0.2, rho_min=0.05, lr_max=0.1, lr_min=0.0)
