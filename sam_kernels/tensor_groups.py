@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .bitmask import count_bits, flatten, is_dense, unpack_from
-from .policies import Adaptive, Member, Metric
+from .policies import Adaptive, Fisher, Member, Metric
 from .recipe import Recipe
 
 
@@ -103,6 +103,8 @@ class TensorGroup:
         self._applies = applies if applies is not None else [True] * len(params)
         self._applies_tensor: Tensor | None = None
         self._buffers: list[Tensor | None] = [None] * len(params)
+        self._row_index: Tensor | None = None
+        self._scratch: list[Tensor | None] = [None] * len(params)
         self.standing_snapshots: list[Tensor | None] | None = None
         self.rows: list[tuple[float, ...]] = []  # the numbers that were last written into the table
         self.follows_tensors = False  # whether the table holds more than `rows`, from tensors on the device
@@ -259,6 +261,29 @@ class TensorGroup:
             # From now on the same list object: a backend that has read its addresses keeps them.
             self.standing_snapshots = self.snapshots
 
+    def scratch(self, t: int) -> Tensor:
+        """A buffer like parameter t, allocated the first time it is asked for."""
+        buffer = self._scratch[t]
+        if buffer is None:
+            buffer = self._scratch[t] = torch.empty_like(self.params[t], requires_grad=False)
+        return buffer
+
+    def scratch_like(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
+        """Buffers for the tensors that are there."""
+        return [None if x is None else self.scratch(t) for t, x in enumerate(tensors)]
+
+    def scratch_snapshot(self, t: int, snapshot: Tensor) -> Tensor:
+        """A buffer like the snapshot of tensor t, which may be compact."""
+        if not self.is_compact(t):
+            return self.scratch(t)
+        return torch.empty_like(snapshot)
+
+    def row_index(self) -> Tensor:
+        """int64 [count] on the device: per tensor, its row of the table."""
+        if self._row_index is None:
+            self._row_index = torch.tensor(self.row, device=self.device)
+        return self._row_index
+
     def drop_snapshots(self) -> None:
         """Forget which tensors were perturbed; the buffers stay for the next step."""
         self.snapshots = [None] * len(self.params)
@@ -414,12 +439,14 @@ def collect(
 
 
 def _metric_of(recipe: Recipe, adaptive: bool, member: Member) -> tuple[int, float]:
-    refusal = recipe.mask.refusal(member)
+    refusal = recipe.mask.refusal(member) or recipe.metric.refusal(member)
     if refusal is not None:
         raise ValueError(f"recipe '{recipe.name}': {refusal}")
     if not recipe.mask.selects(member):
         return FIXED, 0.0
     metric: Metric = recipe.metric
+    if isinstance(metric, Fisher):
+        return FISHER, metric.eta
     if isinstance(metric, Adaptive):
         return (ADAPTIVE, metric.eta) if metric.applies_to(member) else (EUCLIDEAN, 0.0)
     return (ADAPTIVE, 0.0) if adaptive else (EUCLIDEAN, 0.0)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .checks import check_choice, check_count, check_number, check_seed
 from .member import Member, check_patterns
 
 # _NormBase is the common ancestor of BatchNorm, SyncBatchNorm and InstanceNorm.
@@ -28,6 +29,11 @@ class Mask:
     def refusal(self, member: Member) -> str | None:
         """A sentence when the mask cannot decide about this parameter; None when it can."""
         return None
+
+    @property
+    def scale(self) -> float:
+        """What the perturbation is multiplied by."""
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -133,9 +139,14 @@ class Sparse(Mask):
     compact: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_choice(self, "norm", self.norm, ("full", "masked"))
+        check_choice(self, "norm", self.norm, ("full", "masked"))
         if not isinstance(self.compact, bool):
             raise ValueError(f"{type(self).__name__}: compact is {self.compact!r}; expected True or False")
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the mask outlives its step, and is part of checkpoints."""
+        return True
 
     def is_due(self, step: int) -> bool:
         """Whether the mask is to be updated in step number `step`."""
@@ -165,7 +176,7 @@ class Ranked(Sparse):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_share(self, "sparsity", self.sparsity, below=1.0)
-        _check_count(self, "every", self.every)
+        check_count(self, "every", self.every)
 
     def live(self, count: int) -> int:
         """How many of so many weights are perturbed.
@@ -212,10 +223,10 @@ class TopScores(Ranked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_choice(self, "pattern", self.pattern, ("unstructured", "nm", "structured"))
-        _check_choice(self, "scope", self.scope, ("global", "tensor"))
-        _check_count(self, "n", self.n)
-        _check_count(self, "m", self.m)
+        check_choice(self, "pattern", self.pattern, ("unstructured", "nm", "structured"))
+        check_choice(self, "scope", self.scope, ("global", "tensor"))
+        check_count(self, "n", self.n)
+        check_count(self, "m", self.m)
         if self.n >= self.m:
             raise ValueError(f"TopScores: n is {self.n} and m is {self.m}; expected n below m, e.g. 2 of 4")
         if self.scope == "tensor" and self.pattern != "unstructured":
@@ -258,11 +269,10 @@ class Dynamic(Ranked):
         super().__post_init__()
         _check_share(self, "drop_rate", self.drop_rate)
         for name in ("drop", "growth"):
-            _check_choice(self, name, getattr(self, name), ("gradient", "weight", "random"))
+            check_choice(self, name, getattr(self, name), ("gradient", "weight", "random"))
         if self.t_end is not None:
-            _check_count(self, "t_end", self.t_end)
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 1 << 63:
-            raise ValueError(f"Dynamic: seed is {self.seed!r}; expected a whole number from 0 to 2^63 - 1")
+            check_count(self, "t_end", self.t_end)
+        check_seed(self, self.seed)
 
     def drop_rate_at(self, step: int) -> float:
         """The fraction of the mask that is dropped at step number `step`."""
@@ -334,7 +344,7 @@ class Given(Sparse):
                 f"Given: masks is {self.masks!r}; expected a dict of bool tensors by name, or a function"
             )
         if self.every is not None:
-            _check_count(self, "every", self.every)
+            check_count(self, "every", self.every)
 
     def is_due(self, step: int) -> bool:
         return self.every is not None and step % self.every == 0
@@ -351,19 +361,60 @@ class Given(Sparse):
         return self.masks(member, param)
 
 
+@dataclass(frozen=True)
+class Bernoulli(Sparse):
+    """A random mask, drawn anew in every step, with the perturbation divided by `keep`: ESAM's.
+
+    ``e = (rho / keep) m g / ||g||``, ``m_i ~ Bernoulli(keep)``. The draw is a function of seed, step, parameter
+    and element, so nothing is kept from step to step.
+
+    Args:
+        keep: probability that a weight is perturbed, above 0 to 1.
+        by: "element" for a draw per weight (default, the paper's), "tensor" for one per parameter (the authors'
+            code).
+        seed: of the draws (default 0).
+        norm: "full" (default, the paper's), or "masked" for that of the selected weights (the authors' code).
+
+    Raises:
+        ValueError: for numbers or words that are not these.
+
+    Example:
+        >>> Bernoulli(keep=0.5).scale
+        2.0
+
+    Source: Du et al., ICLR 2022, arXiv 2110.03141.
+    """
+
+    keep: float = 0.6
+    by: Literal["element", "tensor"] = "element"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self, "keep", self.keep, least=0, most=1)
+        if self.keep == 0:
+            raise ValueError("Bernoulli: keep is 0, which perturbs nothing; expected a number above 0 to 1")
+        check_choice(self, "by", self.by, ("element", "tensor"))
+        check_seed(self, self.seed)
+        if self.compact:
+            raise ValueError("Bernoulli: compact snapshots need masks that last; expected compact=False")
+
+    @property
+    def scale(self) -> float:
+        return 1 / self.keep
+
+    @property
+    def is_stored(self) -> bool:
+        return False
+
+    def threshold(self) -> int:
+        """The smallest rank (of 31 bits, see `sam_kernels.ranks`) that is selected."""
+        return round((1 - self.keep) * (1 << 31))
+
+
 def _check_share(mask: Mask, name: str, value: Any, below: float | None = None) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and 0 <= value <= 1 and (below is None or value < below):
         return
     expected = "from 0 to 1" if below is None else "from 0 to below 1"
     raise ValueError(f"{type(mask).__name__}: {name} is {value!r}; expected a number {expected}")
-
-
-def _check_count(mask: Mask, name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{type(mask).__name__}: {name} is {value!r}; expected a whole number of at least 1")
-
-
-def _check_choice(mask: Mask, name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{type(mask).__name__}: {name} is {value!r}; expected one of {', '.join(known)}")

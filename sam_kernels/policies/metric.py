@@ -10,10 +10,10 @@ from .member import Member, check_patterns
 
 
 def _check_norm(owner: str, p: float) -> None:
-    if not isinstance(p, int | float) or not p > 1:
+    if not isinstance(p, int | float) or isinstance(p, bool) or not p >= 1:
         raise ValueError(
-            f"{owner}: p is {p!r}; expected a number above 1 (2 is SAM's ball, math.inf the sign "
-            "perturbation). p = 1 has no unique maximizer and is not offered"
+            f"{owner}: p is {p!r}; expected a number of at least 1 (2 is SAM's ball, math.inf the sign "
+            "perturbation, 1 moves the largest alone)"
         )
 
 
@@ -27,7 +27,7 @@ class Metric:
     """Base of all metrics: the ball ``||T^-1 e||_p <= rho`` around the weights.
 
     Args:
-        p: order of the norm, above 1; `math.inf` for the sign perturbation.
+        p: order of the norm, at least 1; `math.inf` for the sign perturbation.
     """
 
     p: float = 2.0
@@ -40,10 +40,16 @@ class Metric:
         """Whether `applies_to` can only be answered with parameter names."""
         return False
 
+    def refusal(self, member: Member) -> str | None:
+        """A sentence when the metric cannot decide about this parameter; None when it can."""
+        return None
+
     @property
     def dual(self) -> float:
         """The dual exponent ``q``, with ``1/p + 1/q = 1``."""
-        return 1.0 if math.isinf(self.p) else self.p / (self.p - 1.0)
+        if math.isinf(self.p):
+            return 1.0
+        return math.inf if self.p == 1 else self.p / (self.p - 1.0)
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,11 @@ class Euclidean(Metric):
     """``T = 1``: SAM's own ball, ``e = rho sign(d) |d|^(q-1) / (||d||_q^q)^(1/p)``.
 
     Args:
-        p: order of the norm, above 1 (default 2, Foret et al. 2021, appendix C.5 tries inf).
+        p: order of the norm, at least 1 (default 2, Foret et al. 2021, appendix C.5 tries inf). For p = 1
+            the perturbation is shared by the gradients of the largest size, ``rho sign(d) / count``.
 
     Raises:
-        ValueError: if p is not above 1.
+        ValueError: if p is below 1.
 
     Example:
         >>> Euclidean(p=4).dual
@@ -70,14 +77,16 @@ class Adaptive(Metric):
     """``T = |w| + eta`` per element: ASAM, ``e = rho T^2 d / ||T d||_2`` (Kwon et al. 2021).
 
     Args:
-        p: order of the norm, above 1 (default 2).
+        p: order of the norm, at least 1 (default 2).
         eta: floor added to ``|w|`` (default 0, the form behind ``adaptive=True``; ASAM's class
             default is 0.01).
         only: shell-style patterns of parameter names that get T; the others keep ``T = 1`` and are
             still perturbed and counted. None means every parameter.
+        types: module classes whose parameters get T, in place of names; needs the model.
 
     Raises:
-        ValueError: if p is not above 1, eta is negative or only is one string.
+        ValueError: if p is below 1, eta is negative, only is one string, types are no classes, or both are
+            given.
 
     Example:
         >>> Adaptive(eta=0.01, only=("*weight*",)).applies_to(Member("fc.bias"))
@@ -86,19 +95,65 @@ class Adaptive(Metric):
 
     eta: float = 0.0
     only: tuple[str, ...] | None = None
+    types: tuple[type, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_norm("Adaptive", self.p)
         _check_eta("Adaptive", self.eta)
         if self.only is not None:
             check_patterns("Adaptive", "only", self.only)
+        if self.types is None:
+            return
+        if not (isinstance(self.types, tuple) and all(isinstance(kind, type) for kind in self.types)):
+            raise ValueError(
+                f"Adaptive: types is {self.types!r}; expected a tuple of module classes, e.g. (torch.nn.Linear,)"
+            )
+        if self.only is not None:
+            raise ValueError(
+                "Adaptive: only and types each choose parameters; give one, and None for the other"
+            )
+
+    def refusal(self, member: Member) -> str | None:
+        if self.types is None or member.module is not None:
+            return None
+        return "its metric treats parameters by their module, which is unknown: pass model="
 
     def applies_to(self, member: Member) -> bool:
+        if self.types is not None:
+            return isinstance(member.module, self.types)
         # Without names the filter cannot be answered; the optimizer has warned that T goes everywhere.
         return self.only is None or member.name is None or member.matches(self.only)
 
     def needs_names(self) -> bool:
         return self.only is not None
+
+
+@dataclass(frozen=True)
+class Fisher(Metric):
+    """``T = (1 + eta d^2)^(-1/2)``, the inverse root of a diagonal Fisher information: FisherSAM (p = 2).
+
+    ``e = rho h / sqrt(sum d h)`` with ``h = d / (1 + eta d^2)``. The information is that of the mean gradient,
+    and its size matters: unscale gradients first, and mind the batch size.
+
+    Args:
+        eta: weight of the information, at least 0 (default 1; 0 is SAM).
+
+    Raises:
+        ValueError: if eta is negative or p is not 2.
+
+    Example:
+        >>> Fisher(eta=0.2).eta
+        0.2
+
+    Source: Kim et al., ICML 2022, arXiv 2206.04920; the form is that of two third-party implementations.
+    """
+
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.p != 2:
+            raise ValueError(f"Fisher: p is {self.p!r}; the Fisher ball is defined for p = 2")
+        _check_eta("Fisher", self.eta)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,110 @@
+"""Aiming: puts the direction of the perturbation in the place of the gradients that a pass reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .backends import Backend
+from .policies import Direction, Momentum, Noise, Remembering
+from .slots import Slots
+from .tensor_groups import TensorGroup
+
+_EMA = "ema"
+
+# The base optimizer's slots that an update goes along, first found first.
+_MOMENTA = ("momentum_buffer", "exp_avg")
+
+# note: [where a direction lives]
+# A direction is read by the norm and by the perturbation that follows it, and by nothing afterwards; the
+# snapshots are written by that perturbation. So a direction is made in the buffers of the snapshots, and no
+# memory is taken for it: `perturb_` reads an element of it before it writes the snapshot there.
+
+
+def aim_at_noise(group: TensorGroup, backend: Backend, policy: Noise, step: int, numbers: list[int]) -> None:
+    """``d = z``: the group's gradients are normal numbers from here on."""
+    group.has_all_grads = True
+    group.grads = _buffers(group, [p if takes else None for p, takes in zip(group.params, group.participates, strict=True)])
+    backend.noise_(group, group.grads, policy.seed, step % (1 << 32), numbers)
+
+
+def aim_at_momentum(group: TensorGroup, base: Optimizer) -> None:
+    """``d = v``, the base optimizer's momentum; the sign is that of `scale_of`."""
+    entries = [base.state.get(p, {}) for p in group.params]
+    group.grads = [
+        next((entry[name] for name in _MOMENTA if entry.get(name) is not None), None) for entry in entries
+    ]
+    for t, (v, p) in enumerate(zip(group.grads, group.params, strict=True)):
+        if v is not None and (v.dtype, v.device, v.stride()) != (p.dtype, p.device, p.stride()):
+            group.grads[t] = torch.empty_like(p, requires_grad=False).copy_(v)
+    group.has_all_grads = all(v is not None for v in group.grads)
+
+
+def aim_past_memory(
+    group: TensorGroup, backend: Backend, policy: Remembering, slots: Slots, guard: Tensor
+) -> None:
+    """``d = a g + b m`` and ``m' = c g + f m``, in one pass over both.
+
+    Args:
+        guard: 0-d float64; where it is not finite the step is skipped, and the memory keeps its bits.
+    """
+    grads, memory = _where(group.grads, group.participates), slots.lists(_EMA, group)
+    is_safe = torch.isfinite(guard.to(group.device))
+    created = [t for t, (g, m) in enumerate(zip(grads, memory, strict=True)) if g is not None and m is None]
+    if created and not bool(is_safe):
+        return  # no state is made for a step that is skipped
+    fresh = [None] * len(grads)  # type: list[Tensor | None]
+    for t in created:
+        fresh[t] = torch.empty_like(group.params[t], requires_grad=False)
+    is_old = [g is not None and m is not None for g, m in zip(grads, memory, strict=True)]
+    # An average is its own direction, and lies in its slot already.
+    is_itself = policy.along == policy.memory and policy.first_along == policy.first_memory
+    if is_itself:
+        directions = [m if old else new for m, new, old in zip(memory, fresh, is_old, strict=True)]
+    else:
+        directions = _buffers(group, grads)
+    if any(is_old):
+        rows = [policy.memory] if is_itself else [policy.along, policy.memory]
+        present = [m if old else None for m, old in zip(memory, is_old, strict=True)]
+        outs = [present] if is_itself else [_where(directions, is_old), present]
+        backend.combine_(group, outs, [_where(grads, is_old), present], _guarded(rows, is_safe))
+    if created:
+        is_new = [new is not None for new in fresh]
+        rows = [policy.first_memory] if is_itself else [policy.first_along, policy.first_memory]
+        outs = [fresh] if is_itself else [_where(directions, is_new), fresh]
+        coefficients = torch.tensor(rows, dtype=torch.float64, device=group.device).unsqueeze(1)
+        backend.combine_(group, outs, [_where(grads, is_new)], coefficients)
+        slots.put(_EMA, group, fresh)
+    group.grads = directions
+
+
+def sign_of(direction: Direction) -> float:
+    """-1 where the perturbation goes against the list that was aimed at."""
+    return -1.0 if isinstance(direction, Momentum) else 1.0
+
+
+def _guarded(rows: list[tuple[float, float]], is_safe: Tensor) -> Tensor:
+    """The coefficients; where the step is skipped, those of a memory that stays as it is.
+
+    A coefficient of 0 never reads its list, so gradients that are not finite cannot get in.
+    """
+    made = torch.tensor(rows, dtype=torch.float64, device=is_safe.device)
+    kept = torch.tensor([[0.0, 1.0]] * len(rows), dtype=torch.float64, device=is_safe.device)
+    return torch.where(is_safe, made, kept)
+
+
+def _buffers(group: TensorGroup, wanted: list[Tensor | None]) -> list[Tensor | None]:
+    """Where the direction of each wanted tensor goes; see note [where a direction lives]."""
+    group.grads = wanted
+    group.take_snapshots()
+    return [
+        None if x is None else group.scratch(t) if s is None or group.is_compact(t) else s
+        for t, (x, s) in enumerate(zip(wanted, group.snapshots, strict=True))
+    ]
+
+
+def _where(tensors: list[Any], flags: list[bool]) -> list[Any]:
+    return [x if flag else None for x, flag in zip(tensors, flags, strict=True)]

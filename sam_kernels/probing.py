@@ -1,0 +1,96 @@
+"""What lies between two gradients of one step: further ascents, the other side, noise before the first.
+
+All of it is for groups that are perturbed already, or are so from here on; their snapshots stay those of the
+weights before the step, and restoring them ends it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .perturbation import Measure, Served
+from .policies import RandomStart
+from .tensor_groups import Column, TensorGroup
+
+
+def ascend_further(served: Served, found: Measure) -> None:
+    """``w += e`` for weights that are perturbed; their snapshots stay.
+
+    What the pass saves goes to a buffer that nobody reads.
+    """
+    for (group, backend), arguments in zip(served, found.arguments, strict=True):
+        standing = group.snapshots
+        try:
+            group.snapshots = [
+                None if s is None else group.scratch_snapshot(t, s) for t, s in enumerate(standing)
+            ]
+            backend.perturb_(group, found.norm.to(group.device), **arguments)
+        finally:
+            group.snapshots = standing
+        group.drop_gradients()
+
+
+def project(served: Served) -> None:
+    """``w = w_0 + c (w - w_0)`` with the largest ``c <= 1`` that brings w back into the ball of radius rho.
+
+    Where param groups have radii of their own, displacements are measured in units of them.
+    """
+    total: Tensor | None = None
+    displacements = []
+    for group, backend in served:
+        snapshots, params = group.snapshots, _perturbed(group)
+        away = group.scratch_like(snapshots)
+        backend.combine_(group, [away], [params, snapshots], _row(group, 1.0, -1.0))
+        squares = backend.grad_stats(group, [away], per_tensor=True)[:, 0]
+        radii = group.table[group.row_index(), Column.RHO].square()
+        part = torch.where(squares == 0, 0.0, squares / radii).sum()
+        total = part if total is None else total + part.to(total.device)
+        displacements.append(away)
+    if total is None:
+        return
+    shrink = total.clamp(min=1.0).rsqrt()
+    for (group, backend), away in zip(served, displacements, strict=True):
+        c = shrink.to(group.device)
+        coefficients = torch.stack([torch.ones_like(c), c]).unsqueeze(0)
+        backend.combine_(group, [_perturbed(group)], [group.snapshots, away], coefficients)
+
+
+def mirror(served: Served) -> None:
+    """``w = w_0 - (w - w_0)``: to the other side."""
+    for group, backend in served:
+        params = _perturbed(group)
+        backend.combine_(group, [params], [group.snapshots, params], _row(group, 2.0, -1.0))
+
+
+def start_at_random(served: Served, policy: RandomStart, step: int, numbers: dict[Tensor, int]) -> None:
+    """``snapshot = w; w += noise ||w_l|| n_l / ||n_l||`` in every tensor that takes part.
+
+    The noise is made where the snapshots go, and is gone when they are written.
+    """
+    for group, backend in served:
+        group.has_all_grads = True
+        group.grads = [p if takes else None for p, takes in zip(group.params, group.participates, strict=True)]
+        group.take_snapshots()
+        group.drop_gradients()
+        noise = group.snapshots
+        backend.noise_(group, noise, policy.seed, step % (1 << 32), [numbers[p] for p in group.params])
+        params = _perturbed(group)
+        dots = backend.grad_stats(group, [params, noise], per_tensor=True)
+        lengths = policy.noise * (dots[:, 0] / dots[:, 2]).sqrt()
+        lengths = torch.where(torch.isfinite(lengths), lengths, 0.0)
+        one, zero = torch.ones_like(lengths), torch.zeros_like(lengths)
+        coefficients = torch.stack([one, zero, one, lengths], dim=1).view(-1, 2, 2)
+        backend.combine_(group, [noise, params], [params, noise], coefficients)
+        group.is_perturbed = True
+
+
+def _perturbed(group: TensorGroup) -> list[Any]:
+    """The parameters that have a snapshot."""
+    return [None if s is None else p for p, s in zip(group.params, group.snapshots, strict=True)]
+
+
+def _row(group: TensorGroup, *coefficients: float) -> Tensor:
+    return torch.tensor([coefficients], dtype=torch.float64, device=group.device)

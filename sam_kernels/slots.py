@@ -1,0 +1,97 @@
+"""Slots: what policies keep from step to step, a tensor beside each parameter or a number for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tensor_groups import TensorGroup
+
+_PREFIX = "sam_"
+
+NAMES = ("ema", "orthogonal", "anticipated")
+"""The tensors there may be, under ``sam_<name>`` in the state of a parameter."""
+
+SCALARS = ("lambda", "previous_norm", "mean", "variance")
+"""The numbers there may be, under ``sam_<name>`` in the first param group of a checkpoint."""
+
+
+class Slots:
+    """Tensors by name and parameter, and numbers by name; in checkpoints, never in `Optimizer.state`.
+
+    Base optimizers take state of any kind for their own, and would not create what they miss in it.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, dict[Tensor, Tensor]] = {}
+        self.scalars: dict[str, Any] = {}
+
+    # ---- tensors -------------------------------------------------------------------------------
+
+    def lists(self, name: str, group: TensorGroup) -> list[Tensor | None]:
+        """Parallel to ``group.params``; None where there is none yet. Re-laid where a parameter was cast."""
+        own = self.tensors.get(name)
+        if not own:
+            return [None] * len(group.params)
+        found = [own.get(p) for p in group.params]
+        for t, (slot, p) in enumerate(zip(found, group.params, strict=True)):
+            if slot is not None and not _fits(slot, p):
+                found[t] = own[p] = torch.empty_like(p, requires_grad=False).copy_(slot)
+        return found
+
+    def put(self, name: str, group: TensorGroup, tensors: Iterable[Tensor | None]) -> None:
+        """Keep the tensors that are there; where there is a None, what was kept before stays."""
+        own = self.tensors.setdefault(name, {})
+        own.update((p, x) for p, x in zip(group.params, tensors, strict=True) if x is not None)
+
+    def drop(self, name: str, params: Iterable[Tensor]) -> None:
+        """Forget the slot of these parameters."""
+        for param in params:
+            self.tensors.get(name, {}).pop(param, None)
+
+    # ---- checkpoints ---------------------------------------------------------------------------
+
+    def saved(self, param: Tensor) -> dict[str, Tensor]:
+        """The entries of a parameter in a checkpoint."""
+        return {_PREFIX + name: own[param] for name, own in self.tensors.items() if param in own}
+
+    def saved_scalars(self) -> dict[str, float]:
+        """The entries of the first param group in a checkpoint; the host waits for the device here."""
+        return {_PREFIX + name: float(value) for name, value in self.scalars.items()}
+
+    @staticmethod
+    def taken(entry: dict[str, Any], names: tuple[str, ...] = NAMES) -> dict[str, Any]:
+        """Remove what is ours from an entry of a checkpoint, and return it by name."""
+        return {name: entry.pop(_PREFIX + name) for name in names if _PREFIX + name in entry}
+
+    def load(self, tensors: Mapping[Tensor, Mapping[str, Tensor]], scalars: Mapping[str, float]) -> None:
+        """Take the place of everything that is kept."""
+        self.tensors = {}
+        for param, own in tensors.items():
+            for name, tensor in own.items():
+                kept = torch.empty_like(param, requires_grad=False).copy_(tensor)
+                self.tensors.setdefault(name, {})[param] = kept
+        self.scalars = dict(scalars)
+
+    @staticmethod
+    def check(tensors: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        """Raise a sentence unless each tensor has the shape of its parameter.
+
+        Raises:
+            ValueError: if one has not.
+        """
+        for param, own in tensors.items():
+            for name, tensor in own.items():
+                if not isinstance(tensor, Tensor) or tensor.shape != param.shape:
+                    found = tuple(tensor.shape) if isinstance(tensor, Tensor) else repr(tensor)
+                    raise ValueError(
+                        f"{_PREFIX}{name} of a parameter is {found}; expected a tensor {tuple(param.shape)}. "
+                        "The state that was loaded belongs to another model"
+                    )
+
+
+def _fits(slot: Tensor, param: Tensor) -> bool:
+    return (slot.dtype, slot.device, slot.stride()) == (param.dtype, param.device, param.stride())
