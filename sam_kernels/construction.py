@@ -57,6 +57,16 @@ def check_model(model: Any) -> None:
         )
 
 
+def check_decay(recipe: Recipe, base: Optimizer) -> None:
+    """Raise a sentence where weight decay would have to be part of the loss, and is none of its gradient."""
+    is_decoupled = isinstance(base, torch.optim.AdamW) or base.defaults.get("decoupled_weight_decay", False)
+    if recipe.decay == "inside" and is_decoupled:
+        raise ValueError(
+            f"recipe '{recipe.name}': decay='inside' puts weight decay into the gradient, and that of "
+            f"{type(base).__name__} is decoupled from it; use Adam, or decay='outside'"
+        )
+
+
 def build_base(params: Any, base_optimizer: Any, base_kwargs: dict[str, Any]) -> Optimizer:
     """The base optimizer: the instance given, or one built from the class."""
     if isinstance(base_optimizer, Optimizer):

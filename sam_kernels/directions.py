@@ -24,11 +24,15 @@ _MOMENTA = ("momentum_buffer", "exp_avg")
 # memory is taken for it: `perturb_` reads an element of it before it writes the snapshot there.
 
 
-def aim_at_noise(group: TensorGroup, backend: Backend, policy: Noise, step: int, numbers: list[int]) -> None:
+def aim_at_noise(
+    group: TensorGroup, backend: Backend, policy: Noise, step: int, numbers: list[int], micro_batch: int = 0
+) -> None:
     """``d = z``: the group's gradients are normal numbers from here on."""
     group.has_all_grads = True
-    group.grads = _buffers(group, [p if takes else None for p, takes in zip(group.params, group.participates, strict=True)])
-    backend.noise_(group, group.grads, policy.seed, step % (1 << 32), numbers)
+    group.grads = _buffers(
+        group, [p if takes else None for p, takes in zip(group.params, group.participates, strict=True)]
+    )
+    backend.noise_(group, group.grads, seed_of(policy.seed, micro_batch), step % (1 << 32), numbers)
 
 
 def aim_at_momentum(group: TensorGroup, base: Optimizer) -> None:
@@ -79,6 +83,11 @@ def aim_past_memory(
         backend.combine_(group, outs, [_where(grads, is_new)], coefficients)
         slots.put(_EMA, group, fresh)
     group.grads = directions
+
+
+def seed_of(seed: int, micro_batch: int) -> int:
+    """The seed of a micro-batch: the policy's own in the first, and numbers far from it in the others."""
+    return (seed + micro_batch * 0x9E3779B97F4A7C15) % (1 << 63)
 
 
 def sign_of(direction: Direction) -> float:

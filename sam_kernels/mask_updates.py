@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .construction import member_lookup
+from .directions import seed_of
 from .masks import Masks, describe
 from .perturbation import Measure, Served
-from .policies import Dynamic, Given, Member, Sparse, TopScores
+from .policies import Bernoulli, Dynamic, Given, Member, Sparse, TopScores
+from .policies.cadence import draw
 from .recipe import Recipe
 from .running_stats import frozen
 from .selection import Block
@@ -33,6 +35,7 @@ class MaskUpdates:
     _next_masks: list[Block] | None  # in force from the next step on
     _given: set[Tensor]  # parameters whose masks the recipe was asked for
     _measure: Measure | None
+    _micro_batch: int
     _groups: Callable[[], Served]
     _adopt_strays: Callable[[], None]
     _require_idle: Callable[[str], None]
@@ -181,6 +184,10 @@ class MaskUpdates:
         policy = self.recipe.mask
         if isinstance(policy, Dynamic) and not self._masks.are_complete:
             self._masks.begin(served, policy, self._numbers())
+        elif isinstance(policy, Bernoulli):
+            step, seed = self.param_groups[0]["sam_step"], seed_of(policy.seed, self._micro_batch)
+            if policy.by == "element":
+                self._masks.draw(served, policy.threshold(), seed, step, self._numbers())
         elif isinstance(policy, Given):
             params = [p for group, _ in served for p in group.params]
             if not policy.is_due(self.param_groups[0]["sam_step"]):
@@ -192,6 +199,11 @@ class MaskUpdates:
             if params:
                 self._masks.give({p: ask(policy, p, member_of(p)) for p in params})
                 self._given |= set(params)
+
+    def _drawn_tensors(self, policy: Bernoulli) -> set[Tensor]:
+        """The parameters that a mask by tensor selects in this step; the host draws them."""
+        step, seed = self.param_groups[0]["sam_step"], seed_of(policy.seed, self._micro_batch)
+        return {p for p, number in self._numbers().items() if draw(seed, step, number) < policy.keep}
 
     def _check_names(self, policy: Given, member_of: Callable[[Tensor], Member]) -> None:
         if self._given or not isinstance(policy.masks, Mapping):
@@ -226,6 +238,8 @@ class MaskUpdates:
 
     def _with_masks(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The packed masks beside the base optimizer's state of each parameter."""
+        if isinstance(self.recipe.mask, Sparse) and not self.recipe.mask.is_stored:
+            return state_dict
         entries = dict(state_dict["state"])
         for number, param in self._by_number(state_dict):
             words = self._masks.saved(param)

@@ -205,6 +205,19 @@ class Masks:
             self._words.pop(param, None)
         self._adopt(packed)
 
+    def draw(self, served: Served, threshold: int, seed: int, step: int, numbers: dict[Tensor, int]) -> None:
+        """Masks of this step: the weights whose random rank is at least the threshold."""
+        for (group, block), (_, backend) in zip(self._places, served, strict=True):
+            views = [
+                view if takes else None for view, takes in zip(block.views, group.participates, strict=True)
+            ]
+            own = Ranks(seed=seed, step=step % _STEPS, numbers=[numbers[p] for p in group.params])
+            backend.mark_(group, own, views, threshold=threshold - 1, shift=0)
+            for param, words in zip(group.params, views, strict=True):
+                if words is not None and param not in self._words:
+                    self._words[param], self._layouts[param] = words, _layout(param)
+        self._tell()
+
     def select(self, served: Served, policy: TopScores, scores: dict[Tensor, Tensor]) -> None:
         """Masks of the highest scores; parameters without scores keep the masks they have."""
         dense = {p for p in scores if policy.pattern == "nm" and not has_groups(p.shape, policy.m)}

@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import ops, perturbation, state
+from . import anticipated, combination, lookbehind, ops, perturbation, state
 from .construction import (
     build_base,
+    check_decay,
     check_model,
     choose_recipe,
     member_lookup,
     own_keys,
     warn_if_names_are_missing,
 )
+from .directions import sign_of
 from .mask_updates import MaskUpdates
 from .masks import Masks
 from .perturbation import Measure, Served
-from .policies import Adaptive, Euclidean, Sparse
+from .policies import (
+    Adaptive,
+    Anticipated,
+    Decoupled,
+    Euclidean,
+    Lookbehind,
+    MultiStep,
+    ReuseOrthogonal,
+    Sparse,
+)
 from .recipe import Recipe, check_adaptive, check_rho
-from .running_stats import frozen
+from .schedules import ProportionalToLr
 from .selection import Block
+from .slots import SCALARS, Slots
+from .steps import Closure, Steps
 from .tensor_groups import FIXED, collect, lives_on_device
 
 # A step is pending in every phase but the first; in _NOT_DUE and _RESTORED the weights are the user's own.
 _IDLE, _PERTURBED, _NOT_DUE, _RESTORED = "idle", "perturbed", "not due", "restored"
 
 
-class SAM(MaskUpdates, Optimizer):
+class SAM(Steps, MaskUpdates, Optimizer):
     """Sharpness-aware minimization around a base optimizer.
 
     A step is: gradient at ``w``; ``w + e`` with ``e = rho T^2 g / (||T g|| + eps)``; gradient there;
@@ -96,6 +109,7 @@ class SAM(MaskUpdates, Optimizer):
         check_model(model)
         self.base_optimizer = build_base(params, base_optimizer, base_kwargs)
         self._rho_key, self._adaptive_key = own_keys(self.base_optimizer)
+        check_decay(chosen, self.base_optimizer)
         self.recipe = chosen
         self.backend = backend
         self.model = model
@@ -105,6 +119,11 @@ class SAM(MaskUpdates, Optimizer):
         self._graphs_hold: list[Any] = []
         self._layout: list[Any] = []
         self._measure: Measure | None = None
+        self._held: combination.Held = []
+        self._held_of: Served = []
+        self._micro_batch = 0
+        self._keeps_gradients = False  # zero_grad does nothing
+        self._slots = Slots()
         self._masks = Masks()
         self._given: set[Tensor] = set()  # parameters whose masks the recipe was asked for
         self._next_masks: list[Block] | None = None  # in force from the next step on
@@ -229,30 +248,40 @@ class SAM(MaskUpdates, Optimizer):
 
     # ---- the step ------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[..., Any] | None = None) -> Any:
+    def step(
+        self,
+        closure: Closure | Sequence[Closure] | None = None,
+        *,
+        ahead: Closure | None = None,
+        m_sharpness: bool = False,
+    ) -> Any:
         """Take one step.
 
         With a closure: run every pass the recipe needs (gradients are zeroed before each, grad mode
         is on), descend, and return the first pass's loss. Without: finish what `first_step` or
         `perturbed` began.
 
+        A list of closures is one batch in parts. Each gradient is then the sum over all parts, exactly that of
+        the whole batch if their losses add up to its loss; with `m_sharpness` every part has a perturbation
+        of its own, and the resulting gradients are added up.
+
         Args:
-            closure: recomputes the loss, calls backward and returns the loss.
+            closure: recomputes the loss, calls backward and returns the loss; or a list of such functions.
+            ahead: the closure of the next batch, for recipes that look ahead (`recipes.sampa`).
+            m_sharpness: perturb for each closure of a list by itself (Foret et al. 2021, section 4.1).
 
         Returns:
-            What the closure returned in the first pass; None without a closure.
+            What the closure returned in the first pass; for a list, the list of it; None without a closure.
 
         Raises:
+            TypeError: for a closure that is no function, or keywords that do not go with the recipe.
             RuntimeError: for a step() with nothing pending that would silently not be SAM, or a
                 step(closure) in the middle of a two-step.
         """
-        if closure is not None and not callable(closure):
-            raise TypeError(
-                f"step(): closure is {closure!r}; expected a function that recomputes the loss, or None"
-            )
+        self._check_closures(closure, ahead, m_sharpness)
         was_idle = self._phase == _IDLE
         try:
-            return self._step(closure)
+            return self._step(closure, ahead=ahead, m_sharpness=m_sharpness)
         except BaseException:
             # Hooks run inside too: whatever raises, no perturbed weights stay behind. Only a closure
             # given in the middle of a two-step leaves that as it is.
@@ -265,22 +294,67 @@ class SAM(MaskUpdates, Optimizer):
 
     @Optimizer.profile_hook_step
     @torch.no_grad()
-    def _step(self, closure: Callable[..., Any] | None = None) -> Any:
+    def _step(
+        self,
+        closure: Closure | Sequence[Closure] | None = None,
+        *,
+        ahead: Closure | None = None,
+        m_sharpness: bool = False,
+    ) -> Any:
         if closure is None:
             if self._phase == _IDLE:
                 self._plain_step()
             else:
+                if self._phase != _RESTORED:  # there it was added while the weights were perturbed
+                    self._decay_inside()
                 self._descend()
             return None
         self._require_idle("step(closure)")
-        loss = self._evaluate(closure, probe=0)
-        if self.is_due:
-            self._ascend()
-            freeze = nullcontext() if self.model is None else frozen(self.model)
-            with freeze:
-                self._evaluate(closure, probe=1)
+        probe, is_due = self.recipe.probe, self.is_due
+        if callable(closure) and is_due and isinstance(probe, Anticipated):
+            loss = anticipated.evaluate(self, closure, ahead)  # type: ignore[arg-type]
+        elif callable(closure) and is_due and isinstance(probe, Lookbehind):
+            loss = lookbehind.step(self, closure, probe)
+            self._complete()
+            return loss
+        elif callable(closure):
+            (loss,) = self._run_probes([closure])
+        else:
+            loss = self._run_micro_batches(closure) if m_sharpness else self._run_probes(closure)
+            if m_sharpness and is_due:
+                self._begin(_RESTORED)
         self._descend()
         return loss
+
+    def _check_closures(self, closure: Any, ahead: Any, m_sharpness: bool) -> None:
+        """Raise a sentence unless step()'s arguments go together, and with the recipe."""
+        name = self.recipe.name
+        looks_ahead = isinstance(self.recipe.probe, Anticipated)
+        if ahead is not None and not (looks_ahead and callable(ahead)):
+            why = f"is {ahead!r}" if looks_ahead else f"was given, and recipe '{name}' does not look ahead"
+            raise TypeError(f"step(): ahead {why}; expected the next batch's closure for recipes that do")
+        if callable(closure) or closure is None:
+            if m_sharpness:
+                raise TypeError(
+                    "step(): m_sharpness=True goes with a list of closures, one for each micro-batch"
+                )
+            if looks_ahead and closure is not None and ahead is None:
+                raise TypeError(
+                    f"step(): recipe '{name}' evaluates the next batch too; expected step(closure, ahead=...)"
+                )
+            return
+        if not isinstance(closure, list | tuple) or not closure or not all(map(callable, closure)):
+            raise TypeError(
+                f"step(): closure is {closure!r}; expected a function that recomputes the loss, a list of such "
+                "functions, or None"
+            )
+        if isinstance(self.recipe.probe, Anticipated | Lookbehind):
+            raise TypeError(f"step(): recipe '{name}' takes one closure, not a list")
+        if m_sharpness and isinstance(self.recipe.combine, Decoupled | ReuseOrthogonal):
+            raise TypeError(
+                f"step(): recipe '{name}' combines gradients beyond the step of one micro-batch; drop "
+                "m_sharpness=True"
+            )
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -293,13 +367,15 @@ class SAM(MaskUpdates, Optimizer):
             RuntimeError: if the weights are perturbed already; they stay as they are.
         """
         self._require_idle("first_step()")
-        if self.recipe.probe.gradients != 2:
+        if self.recipe.probe.needs_closure:
             raise RuntimeError(
-                f"recipe '{self.recipe.name}' evaluates {self.recipe.probe.gradients} gradients per step and "
-                "needs opt.step(closure); first_step/second_step serve one-probe recipes"
+                f"recipe '{self.recipe.name}' evaluates {self.recipe.gradients} gradients per step, some where "
+                "only it can go, and needs opt.step(closure); first_step/second_step serve one-probe recipes"
             )
-        if self.is_due:
-            self._ascend()
+        if self.recipe.direction.needs_gradient:
+            self._decay_inside()
+        if self.is_due and self._passes_gate():
+            self._ascend(by_copy=not zero_grad)
         else:
             self._begin(_NOT_DUE)  # the base steps alone on this one
         if zero_grad:
@@ -348,6 +424,7 @@ class SAM(MaskUpdates, Optimizer):
             yield
             if self._phase == _PERTURBED:
                 self._revalidate()
+                self._decay_inside()
                 self._restore()
                 self._phase = _RESTORED
         except BaseException:
@@ -363,6 +440,8 @@ class SAM(MaskUpdates, Optimizer):
         Args:
             set_to_none: drop the gradients in place of writing zeros.
         """
+        if self._keeps_gradients:
+            return  # a closure's usual first line; see `step` for lists of closures
         if self._phase != _IDLE and self._has_gradients():
             self._clearings += 1
         super().zero_grad(set_to_none)
@@ -410,30 +489,8 @@ class SAM(MaskUpdates, Optimizer):
 
     # ---- the passes, in the order of a step ----------------------------------------------------
 
-    def _evaluate(self, closure: Callable[..., Any], probe: int) -> Any:
-        self.zero_grad()
-        with torch.enable_grad():
-            return closure(**self.closure_kwargs(probe))
-
-    def _ascend(self) -> None:
-        served = self._groups()
-        for group, _ in served:
-            group.read_gradients()
-        self._write_tables(served)
-        if served:
-            try:
-                self._begin_masks(served)
-                self._measure = perturbation.measure(served, self.recipe)
-                self._evolve_masks(served)
-                self._prepare_gradients(served)
-                perturbation.perturb(served, self._measure)
-            except BaseException:
-                self._abandon()
-                raise
+    def _begin_perturbed(self) -> None:
         self._begin(_PERTURBED)
-
-    def _prepare_gradients(self, served: Served) -> None:
-        """Called between the norm and the perturbation; a subclass may change ``group.grads`` here."""
 
     def _begin(self, phase: str) -> None:
         """From here on a step is pending."""
@@ -454,6 +511,8 @@ class SAM(MaskUpdates, Optimizer):
         self._phase = _IDLE
         self._measure = None
         self._next_masks = None
+        self._forget_held()
+        self._micro_batch = 0
         for group, _ in self._perturbed_groups():
             # Not the restore of the backend: that one may be what failed.
             group.copy_back()
@@ -517,19 +576,58 @@ class SAM(MaskUpdates, Optimizer):
                     "weights are restored and nothing was updated; call backward() again between "
                     "first_step() and step()"
                 )
-            rule, _ = state.fused_rule(self.base_optimizer)
-            if rule is None:
-                self._restore()
-                if guard is None or bool(torch.isfinite(guard)):
-                    self.base_optimizer.step()
-            else:
-                self._descend_fused(rule, guard)
-                self._restore()  # what was skipped
+            add_decoupled = None
+            if not is_lost:
+                add_decoupled = self._swap_gradients()
+                self._combine_gradients()
+                if self._phase in (_IDLE, _NOT_DUE) and not self.is_due:
+                    self._reuse_gradients()
+            self._update(guard)
+            if add_decoupled is not None:
+                add_decoupled()
         except BaseException:
             self._abandon()
             raise
+        self._complete(is_lost)
+
+    def _update(self, guard: Tensor | None) -> None:
+        """Restore the weights, and let the base step with the present gradients."""
+        rule, _ = state.fused_rule(self.base_optimizer)
+        if rule is not None:
+            self._descend_fused(rule, guard)
+            self._restore()  # what was skipped
+            return
+        self._restore()
+        if guard is not None and not bool(torch.isfinite(guard)):
+            return
+        decays = [group.get("weight_decay") for group in self.param_groups]
+        try:
+            for group, decay in zip(self.param_groups, decays, strict=True):
+                if decay is not None and self.recipe.decay == "inside":
+                    group["weight_decay"] = 0.0
+            self.base_optimizer.step()
+        finally:
+            for group, decay in zip(self.param_groups, decays, strict=True):
+                if decay is not None:
+                    group["weight_decay"] = decay
+
+    def _step_base_in_place(self) -> None:
+        """A step of the base at the weights as they are, while snapshots are kept."""
+        served, guard = self._groups(), None if self._measure is None else self._measure.norm
+        kept = [(group, group.snapshots) for group, _ in served]
+        try:
+            for group, _ in served:
+                group.snapshots, group.is_perturbed = [None] * len(group.params), False
+            self._update(guard)
+        finally:
+            for group, snapshots in kept:
+                group.snapshots, group.is_perturbed = snapshots, True
+
+    def _complete(self, is_lost: bool = False) -> None:
+        """The step is over: nothing is pending, and it counts."""
         self._phase = _IDLE
         self._measure = None
+        self._forget_held()
         if self._next_masks is not None and not is_lost:
             self._masks.take(self._next_masks)
         self._next_masks = None
@@ -633,14 +731,21 @@ class SAM(MaskUpdates, Optimizer):
         rule, _ = state.fused_rule(self.base_optimizer)
         eps = self.recipe.eps
         per_group = []
+        factor = self.recipe.mask.scale * sign_of(self.recipe.direction)
+        if isinstance(self.recipe.probe, MultiStep):
+            factor *= self.recipe.probe.step
         for index, group in enumerate(self.param_groups):
             if callable(self.recipe.rho) and index not in self._own_rho:
                 group[self._rho_key] = self.recipe.rho_at(group["sam_step"])
+            elif isinstance(self.recipe.rho, ProportionalToLr) and index not in self._own_rho:
+                group[self._rho_key] = self.recipe.rho_at(group["sam_step"], float(group["lr"]))
             rho = group[self._rho_key]
             check_rho(rho, f"param_groups[{index}]")
             # Maximizing f is minimizing -f: the worst point of the ball then lies down the gradient.
             sign = -1.0 if group.get("maximize", False) else 1.0
-            per_group.append((sign * float(rho), eps, *state.scalars(rule, group)))
+            if self.recipe.decay == "inside" and "weight_decay" in group:
+                group = {**group, "weight_decay": 0.0}  # it is in the gradients already
+            per_group.append((sign * factor * float(rho), eps, *state.scalars(rule, group)))
         for tensor_group, _ in served:
             rows = [(float(metric), eta, *per_group[index]) for index, metric, eta in tensor_group.keys]
             tensor_group.write_table(rows)
@@ -677,7 +782,7 @@ class SAM(MaskUpdates, Optimizer):
         self._require_idle("state_dict()")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        state_dict = self._with_masks(self.base_optimizer.state_dict())
+        state_dict = self._with_slots(self._with_masks(self.base_optimizer.state_dict()))
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
             state_dict = state_dict if result is None else result
@@ -705,9 +810,12 @@ class SAM(MaskUpdates, Optimizer):
         ]
         own_rho = set(self._own_rho)
         state_dict, words = self._without_masks(state_dict)
+        state_dict, tensors, scalars = self._without_slots(state_dict)
         self._masks.check(words)
+        Slots.check(tensors)
         self.base_optimizer.load_state_dict(state_dict)
         self._masks.load(words)
+        self._slots.load(tensors, scalars)
         self._given = set(words)
         for index, (group, ours) in enumerate(zip(self.param_groups, kept, strict=True)):
             for key, value in ours.items():
@@ -718,6 +826,36 @@ class SAM(MaskUpdates, Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    def _with_slots(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What policies keep, beside the base optimizer's state and in the first param group."""
+        entries, groups = dict(state_dict["state"]), list(state_dict["param_groups"])
+        for number, param in self._by_number(state_dict):
+            own = self._slots.saved(param)
+            if own:
+                entries[number] = {**entries.get(number, {}), **own}
+        groups[0] = {**groups[0], **self._slots.saved_scalars()}
+        return {**state_dict, "state": entries, "param_groups": groups}
+
+    def _without_slots(
+        self, state_dict: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[Tensor, dict[str, Tensor]], dict[str, float]]:
+        """What the base optimizer may load, and what is ours."""
+        if not {"state", "param_groups"} <= state_dict.keys() or not state_dict["param_groups"]:
+            return state_dict, {}, {}
+        entries, groups, tensors = dict(state_dict["state"]), list(state_dict["param_groups"]), {}
+        for number, param in self._by_number(state_dict):
+            entry = dict(entries.get(number, {}))
+            own = Slots.taken(entry)
+            if own:
+                tensors[param] = own
+                entries[number] = entry
+                if not entry:
+                    del entries[number]
+        first = dict(groups[0])
+        scalars = Slots.taken(first, SCALARS)
+        groups[0] = first
+        return {**state_dict, "state": entries, "param_groups": groups}, tensors, scalars
+
     def __getstate__(self) -> dict[str, Any]:
         self._require_idle("copying or pickling")
         # As in torch.optim, hooks and what was assigned to methods stay behind: closures do not pickle.
@@ -727,6 +865,8 @@ class SAM(MaskUpdates, Optimizer):
             "_next_masks",
             "_layout",
             "_measure",
+            "_held",
+            "_held_of",
             "step",
             "closure_kwargs",
         )
@@ -741,6 +881,7 @@ class SAM(MaskUpdates, Optimizer):
         self._served, self._layout, self._measure = None, [], None
         self._graphs_hold = []
         self._next_masks = None
+        self._held, self._held_of = [], []
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1].rstrip()}\nRecipe: {self.recipe.name}\n)"

@@ -30,13 +30,26 @@ class Measure:
     arguments: list[dict[str, Any]]
 
 
-def measure(served: Served, recipe: Recipe) -> Measure:
+def measure(served: Served, recipe: Recipe, guard: Tensor | None = None) -> Measure:
     """The norm of the recipe over all groups together; reads, never writes.
 
     Args:
-        served: tensor groups with their backends, gradients read.
+        served: tensor groups with their backends, gradients read and aimed.
         recipe: its metric says which norm.
+        guard: makes the norm what it is where it is not finite.
     """
+    found = _measure(served, recipe)
+    if guard is not None:
+        found.norm = torch.where(torch.isfinite(guard), found.norm, guard.to(found.norm.device))
+    return found
+
+
+def squares(served: Served) -> Tensor:
+    """``||g||^2`` over all groups, whatever the metric and the mask; not finite if any gradient is not."""
+    return _total([backend.grad_stats(group, [group.grads])[0] for group, backend in served])
+
+
+def _measure(served: Served, recipe: Recipe) -> Measure:
     metric = recipe.metric
     is_masked = isinstance(recipe.mask, Sparse) and recipe.mask.norm == "masked"
     of: dict[str, Any] = {"masked": True} if is_masked else {}
@@ -67,12 +80,36 @@ def perturb(served: Served, found: Measure) -> None:
     try:
         for (group, backend), arguments in zip(served, found.arguments, strict=True):
             group.take_snapshots()
+            before = _written(group, backend)
             group.is_perturbed = True
-            backend.perturb_(group, found.norm.to(group.device), **arguments)
+            try:
+                backend.perturb_(group, found.norm.to(group.device), **arguments)
+            except BaseException:
+                _disown(group, backend, before)
+                raise
             group.drop_gradients()
     except BaseException:
         restore(served)
         raise
+
+
+def _written(group: TensorGroup, backend: Backend) -> list[Any]:
+    """Per tensor, what changes when its snapshot is written."""
+    count = getattr(backend, "perturbations", None)
+    if count is not None:  # one call writes all or nothing
+        return [count(group)] * len(group.params)
+    return [None if s is None else s._version for s in group.snapshots]
+
+
+def _disown(group: TensorGroup, backend: Backend, before: list[Any]) -> None:
+    """After a perturbation that failed: a snapshot that was not written is none, and its weights are whole.
+
+    Torch's operators write the snapshot of a tensor before the tensor, and count it.
+    """
+    group.snapshots = [
+        s if then != now else None
+        for s, then, now in zip(group.snapshots, before, _written(group, backend), strict=True)
+    ]
 
 
 def restore(served: Served) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .directions import seed_of
 from .perturbation import Measure, Served
 from .policies import RandomStart
 from .tensor_groups import Column, TensorGroup
@@ -33,10 +34,13 @@ def ascend_further(served: Served, found: Measure) -> None:
         group.drop_gradients()
 
 
-def project(served: Served) -> None:
+def project(served: Served, step: float) -> None:
     """``w = w_0 + c (w - w_0)`` with the largest ``c <= 1`` that brings w back into the ball of radius rho.
 
     Where param groups have radii of their own, displacements are measured in units of them.
+
+    Args:
+        step: length of an ascent step as a share of the radius, which is what the table holds.
     """
     total: Tensor | None = None
     displacements = []
@@ -45,7 +49,7 @@ def project(served: Served) -> None:
         away = group.scratch_like(snapshots)
         backend.combine_(group, [away], [params, snapshots], _row(group, 1.0, -1.0))
         squares = backend.grad_stats(group, [away], per_tensor=True)[:, 0]
-        radii = group.table[group.row_index(), Column.RHO].square()
+        radii = (group.table[group.row_index(), Column.RHO] / step).square()
         part = torch.where(squares == 0, 0.0, squares / radii).sum()
         total = part if total is None else total + part.to(total.device)
         displacements.append(away)
@@ -65,18 +69,23 @@ def mirror(served: Served) -> None:
         backend.combine_(group, [params], [group.snapshots, params], _row(group, 2.0, -1.0))
 
 
-def start_at_random(served: Served, policy: RandomStart, step: int, numbers: dict[Tensor, int]) -> None:
+def start_at_random(
+    served: Served, policy: RandomStart, step: int, numbers: dict[Tensor, int], micro_batch: int = 0
+) -> None:
     """``snapshot = w; w += noise ||w_l|| n_l / ||n_l||`` in every tensor that takes part.
 
     The noise is made where the snapshots go, and is gone when they are written.
     """
     for group, backend in served:
         group.has_all_grads = True
-        group.grads = [p if takes else None for p, takes in zip(group.params, group.participates, strict=True)]
+        group.grads = [
+            p if takes else None for p, takes in zip(group.params, group.participates, strict=True)
+        ]
         group.take_snapshots()
         group.drop_gradients()
         noise = group.snapshots
-        backend.noise_(group, noise, policy.seed, step % (1 << 32), [numbers[p] for p in group.params])
+        own = [numbers[p] for p in group.params]
+        backend.noise_(group, noise, seed_of(policy.seed, micro_batch), step % (1 << 32), own)
         params = _perturbed(group)
         dots = backend.grad_stats(group, [params, noise], per_tensor=True)
         lengths = policy.noise * (dots[:, 0] / dots[:, 2]).sqrt()

@@ -104,6 +104,7 @@ class TensorGroup:
         self._applies_tensor: Tensor | None = None
         self._buffers: list[Tensor | None] = [None] * len(params)
         self._row_index: Tensor | None = None
+        self._kept: list[Tensor | None] = [None] * len(params)
         self._scratch: list[Tensor | None] = [None] * len(params)
         self.standing_snapshots: list[Tensor | None] | None = None
         self.rows: list[tuple[float, ...]] = []  # the numbers that were last written into the table
@@ -271,6 +272,13 @@ class TensorGroup:
     def scratch_like(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
         """Buffers for the tensors that are there."""
         return [None if x is None else self.scratch(t) for t, x in enumerate(tensors)]
+
+    def scratch_gradient(self, t: int) -> Tensor:
+        """A buffer for a gradient of parameter t that outlives the next backward pass."""
+        buffer = self._kept[t]
+        if buffer is None:
+            buffer = self._kept[t] = torch.empty_like(self.params[t], requires_grad=False)
+        return buffer
 
     def scratch_snapshot(self, t: int, snapshot: Tensor) -> Tensor:
         """A buffer like the snapshot of tensor t, which may be compact."""

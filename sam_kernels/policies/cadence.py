@@ -135,9 +135,9 @@ class NormGate(Cadence):
         return q >= mean + c * math.sqrt(variance), mean, variance
 
 
-def draw(seed: int, step: int) -> float:
-    """A number in [0, 1), uniform by counter: the first one of tensor 0, see csrc/math/random.h."""
-    x0, x1, x2, x3 = 0, 0, 0, step & _LOW
+def draw(seed: int, step: int, tensor: int = 0) -> float:
+    """A number in [0, 1), uniform by counter: that of the tensor's first element, see csrc/math/random.h."""
+    x0, x1, x2, x3 = 0, 0, tensor & _LOW, step & _LOW
     k0, k1 = seed & _LOW, seed >> 32 & _LOW
     for _ in range(10):
         a, b = x0 * 0xD2511F53, x2 * 0xCD9E8D57

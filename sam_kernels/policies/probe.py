@@ -71,6 +71,8 @@ class MultiStep(Probe):
     def __post_init__(self) -> None:
         check_count(self, "n", self.n)
         check_number(self, "step", self.step, least=0)
+        if self.step == 0:
+            raise ValueError("MultiStep: step is 0, which goes nowhere; expected a positive share of rho")
         check_flag(self, "project", self.project)
 
     @property

@@ -1,0 +1,99 @@
+"""The step of an `Anticipated` probe (SAMPa): the second gradient is that of the next batch, where it will be."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import combination, perturbation
+from .perturbation import Measure, Served
+from .running_stats import frozen
+from .steps import Closure
+
+if TYPE_CHECKING:
+    from .optimizer import SAM
+
+_SLOT = "anticipated"
+
+
+def evaluate(opt: SAM, closure: Closure, ahead: Closure) -> Any:
+    """Both gradients, combined in ``.grad``; the weights stay perturbed. The loss of `closure`.
+
+    Args:
+        closure: the batch whose gradient at the anticipated iterate the step before has evaluated.
+        ahead: the next batch.
+    """
+    served = opt._groups()
+    loss = None
+    if all(y is None for group, _ in served for y in opt._slots.lists(_SLOT, group)):
+        (loss,) = opt._evaluate_all([closure], 0)
+        opt._read_gradients()
+        for group, _ in served:
+            # Clones: the gradients belong to the parameters.
+            opt._slots.put(_SLOT, group, [None if g is None else g.clone() for g in group.grads])
+            group.drop_gradients()
+    opt._write_tables(served)
+    try:
+        for group, _ in served:
+            group.grads = opt._slots.lists(_SLOT, group)
+            group.has_all_grads = all(y is not None for y in group.grads)
+        opt._measure = perturbation.measure(served, opt.recipe)
+        perturbation.perturb(served, opt._measure)
+    except BaseException:
+        opt._abandon()
+        raise
+    opt._begin_perturbed()
+    with nullcontext() if opt.model is None else frozen(opt.model):
+        (second,) = opt._evaluate_all([closure], 1)
+    opt._hold()
+    with torch.no_grad():
+        _move_ahead(opt, served)
+    opt._evaluate_all([ahead], 2)
+    opt._read_gradients()
+    _combine(opt, served)
+    return second if loss is None else loss
+
+
+def _move_ahead(opt: SAM, served: Served) -> None:
+    """``w = w_0 - lr (y + weight_decay w_0 + momentum v)``: where the base's next step is expected to lead.
+
+    The moments of other bases than SGD are not asked: there it is ``w_0 - lr (y + weight_decay w_0)``.
+    """
+    for group, backend in served:
+        rows = []
+        for key in group.keys:
+            own = opt.param_groups[key[0]]
+            lr, decay, momentum = (float(own.get(name) or 0.0) for name in ("lr", "weight_decay", "momentum"))
+            sign = -1.0 if own.get("maximize", False) else 1.0
+            rows.append([[1.0 - lr * decay, -sign * lr, -lr * momentum]])
+        coefficients = torch.tensor(rows, dtype=torch.float64)[group.row]
+        state = opt.base_optimizer.state
+        momenta = [state.get(p, {}).get("momentum_buffer") for p in group.params]
+        params = [None if s is None else p for p, s in zip(group.params, group.snapshots, strict=True)]
+        lists = [group.snapshots, opt._slots.lists(_SLOT, group), momenta]
+        backend.combine_(group, [params], lists, coefficients.to(group.device))  # type: ignore[list-item]
+
+
+def _combine(opt: SAM, served: Served) -> None:
+    """``d = (1 - lmbda) g_1 + lmbda g_2`` into the gradients, and ``y = g_2`` unless it is not finite."""
+    first = opt._held.pop()
+    total = perturbation.squares(served)
+    weights = opt.recipe.combine.weights(None, {})
+    for (group, backend), one in zip(served, first, strict=True):
+        two, kept = list(group.grads), opt._slots.lists(_SLOT, group)
+        made = torch.tensor([[1.0, 0.0]], dtype=torch.float64, device=group.device)
+        is_safe = torch.isfinite(total.to(group.device))
+        outs = [None if g is None else y for g, y in zip(two, kept, strict=True)]
+        backend.combine_(group, [outs], [two, kept], torch.where(is_safe, made, made.flip(1)))
+        new = [None if g is None or y is not None else g.clone() for g, y in zip(two, kept, strict=True)]
+        opt._slots.put(_SLOT, group, new)
+        coefficients = torch.tensor([weights], dtype=torch.float64, device=group.device)
+        backend.combine_(group, [two], [one, two], coefficients)
+        combination.write_back(group, two)
+        group.drop_gradients()
+    opt._forget_held()
+    if opt._measure is not None:
+        norm = opt._measure.norm
+        opt._measure = Measure(norm + total.to(norm.device), [])

@@ -1,0 +1,235 @@
+"""Combination: the gradients of the probes become the one that the base optimizer steps with.
+
+Dots of the lists come from one read over all groups; coefficients are computed from them on the device, and
+the sum is written where the last gradient lies, so the parameters' ``.grad`` is what the base steps with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .perturbation import Served
+from .policies import AdaptiveRatio, Combine, Decoupled, ReuseOrthogonal
+from .slots import Slots
+from .tensor_groups import TensorGroup
+
+_ORTHOGONAL = "orthogonal"
+
+Lists = list[list[Tensor | None]]
+Held = list[Lists]
+"""By probe, then by group."""
+
+
+def hold(served: Served, by_copy: bool) -> Lists:
+    """The present gradients, kept while the next ones are computed.
+
+    Args:
+        by_copy: where what computes those may write where these lie.
+    """
+    held = []
+    for group, _ in served:
+        own = list(group.grads)
+        for t, g in enumerate(own):
+            # The views of a bucket, as DDP makes them, are written again by the next backward pass.
+            if g is not None and g is group.params[t].grad and (by_copy or g._is_view()):
+                own[t] = group.scratch_gradient(t).copy_(g)
+        held.append(own)
+    return held
+
+
+def combine(served: Served, rule: Combine, held: Held, slots: Slots, guard: Tensor | None) -> None:
+    """Write the combined gradient over the last one, everywhere; the groups have read those.
+
+    Args:
+        held: the gradients of the probes before the last.
+        guard: the norm; where it is not finite the step is skipped, and what lasts stays as it was.
+    """
+    last = [group.grads for group, _ in served]
+    lists = [[*(probe[i] for probe in held), own] for i, own in enumerate(last)]
+    per_tensor = isinstance(rule, ReuseOrthogonal) and rule.scope == "tensor"
+    dots = _dots(served, lists, per_tensor) if rule.needs_dots else [None] * len(served)
+    safe = _is_safe(served, guard, dots)
+    scalars = _scalars(rule, slots, served[0][0].device)
+    if isinstance(rule, ReuseOrthogonal):
+        for (group, backend), own, each, is_safe in zip(served, lists, dots, safe, strict=True):
+            _keep_orthogonal(group, backend, rule, own, each, slots, is_safe)
+        return
+    for (group, backend), own, each in zip(served, lists, dots, strict=True):
+        local = {name: value.to(group.device) for name, value in scalars.items()}
+        coefficients = _rows(group, [rule.weights(each, local)])
+        backend.combine_(group, [own[-1]], own, coefficients)
+        write_back(group, own[-1])
+    if isinstance(rule, AdaptiveRatio):
+        new = rule.advance(dots[0], scalars)
+        slots.scalars = {
+            name: torch.where(safe[0], new[name].reshape(()), value) for name, value in scalars.items()
+        }
+
+
+def reuse(served: Served, rule: ReuseOrthogonal, slots: Slots) -> None:
+    """``d = g + alpha (||g|| / ||v||) v`` on a step that does not perturb."""
+    kept = [slots.lists(_ORTHOGONAL, group) for group, _ in served]
+    if all(v is None for own in kept for v in own):
+        return
+    lists = [[group.grads, own] for (group, _), own in zip(served, kept, strict=True)]
+    dots = _dots(served, lists, rule.scope == "tensor")
+    for (group, backend), own, each in zip(served, lists, dots, strict=True):
+        backend.combine_(group, [group.grads], own, _rows(group, [rule.reuse(each)]))
+        write_back(group, group.grads)
+
+
+def swap_first(served: Served, first: Lists) -> Lists:
+    """Give the base the first gradient in place of the last; the last ones, for what follows its step."""
+    last = []
+    for (group, _), own in zip(served, first, strict=True):
+        last.append(group.grads)
+        given = [None if x is None else g for x, g in zip(group.grads, own, strict=True)]
+        for p, g in zip(group.params, given, strict=True):
+            if p.grad is not None:
+                p.grad = g if g is None or p.grad.dtype == g.dtype else g.to(p.grad.dtype)
+        group.grads = given
+    return last
+
+
+def add_decoupled(
+    served: Served, rule: Decoupled, first: Lists, last: Lists, rates: Sequence[Any], guard: Tensor | None
+) -> None:
+    """``w -= lr weight (g(w + e) - g)``, after the base's step.
+
+    Args:
+        rates: by param group, its lr, negative where it maximizes.
+        guard: as in `combine`.
+    """
+    for (group, backend), g, gs in zip(served, first, last, strict=True):
+        lr = torch.stack(
+            [torch.as_tensor(rates[key[0]], dtype=torch.float64, device=group.device) for key in group.keys]
+        )
+        size = rule.weight * lr[group.row_index()]
+        if guard is not None:
+            size = torch.where(torch.isfinite(guard.to(group.device)), size, 0.0)
+        both = [x is not None and y is not None for x, y in zip(g, gs, strict=True)]
+        params = [p if has else None for p, has in zip(group.params, both, strict=True)]
+        rows = torch.stack([torch.ones_like(size), -size, size], dim=1).unsqueeze(1)
+        backend.combine_(group, [params], [params, gs, g], rows)  # type: ignore[list-item]
+
+
+def write_back(group: TensorGroup, grads: list[Tensor | None]) -> None:
+    """Give parameters the gradients that were fitted to them before; the others hold theirs already."""
+    for p, g in zip(group.params, grads, strict=True):
+        if g is None or p.grad is None or g is p.grad:
+            continue
+        if p.grad.layout == torch.strided:
+            p.grad.copy_(g)
+        else:
+            p.grad = g
+
+
+def _keep_orthogonal(
+    group: TensorGroup,
+    backend: Any,
+    rule: ReuseOrthogonal,
+    lists: Lists,
+    dots: Any,
+    slots: Slots,
+    is_safe: Tensor,
+) -> None:
+    """The part of the last gradient that is orthogonal to the first, into its slot; `d` is the last itself."""
+    before = slots.lists(_ORTHOGONAL, group)
+    both = [g is not None and gs is not None for g, gs in zip(*lists, strict=True)]
+    slots.drop(_ORTHOGONAL, [p for p, has in zip(group.params, both, strict=True) if not has])
+    outs = [
+        None if not has else (torch.empty_like(p, requires_grad=False) if v is None else v)
+        for p, v, has in zip(group.params, before, both, strict=True)
+    ]
+    made = _rows(group, [(*rule.orthogonal(dots), 0.0)])
+    kept = _rows(group, [(0.0, 0.0, 1.0)])
+    backend.combine_(group, [outs], [*lists, before], torch.where(is_safe, made, kept))
+    slots.put(_ORTHOGONAL, group, outs)
+
+
+def _dots(served: Served, lists: list[Lists], per_tensor: bool) -> list[Any]:
+    """Per group, the matrix of dots: over all groups together, or of every tensor."""
+    found = [
+        backend.grad_stats(group, own, per_tensor=per_tensor)
+        for (group, backend), own in zip(served, lists, strict=True)
+    ]
+    if not per_tensor:
+        total = found[0]
+        for part in found[1:]:
+            total = total + part.to(total.device)
+        found = [total.to(group.device) for group, _ in served]
+    count = len(lists[0])
+    matrices = []
+    for triangle in found:
+        matrix: list[list[Any]] = [[None] * count for _ in range(count)]
+        k = 0
+        for i in range(count):
+            for j in range(i, count):
+                matrix[i][j] = matrix[j][i] = triangle[..., k]
+                k += 1
+        matrices.append(matrix)
+    return matrices
+
+
+def _is_safe(served: Served, guard: Tensor | None, dots: list[Any]) -> list[Tensor]:
+    """Per group, a bool on its device: the gradients of all probes are finite, as far as anybody looked."""
+    safe = []
+    for (group, _), matrix in zip(served, dots, strict=True):
+        one = torch.ones((), dtype=torch.float64, device=group.device)
+        checks = [one if guard is None else guard.to(group.device)]
+        checks += [] if matrix is None else [matrix[i][i].sum() for i in range(len(matrix))]
+        safe.append(torch.isfinite(torch.stack(checks)).all())
+    return safe
+
+
+def _scalars(rule: Combine, slots: Slots, device: torch.device) -> dict[str, Tensor]:
+    """The numbers of the rule, on the device of the first group."""
+    return {
+        name: torch.as_tensor(slots.scalars.get(name, first), dtype=torch.float64, device=device)
+        for name, first in rule.first_scalars().items()
+    }
+
+
+def _rows(group: TensorGroup, rows: list[tuple[Any, ...]]) -> Tensor:
+    """Coefficients as `combine_` takes them, from numbers and tensors, which may be by tensor."""
+    tensors = [[torch.as_tensor(x, dtype=torch.float64, device=group.device) for x in row] for row in rows]
+    stacked = [torch.stack(torch.broadcast_tensors(*row), dim=-1) for row in tensors]
+    return torch.stack(stacked, dim=-2)
+
+
+def add(served: Served, total: Lists, grads: Lists) -> Lists:
+    """``total += grads``; a tensor that was missing so far is taken as it is."""
+    for (group, backend), own, more in zip(served, total, grads, strict=True):
+        both = [a if b is not None else None for a, b in zip(own, more, strict=True)]
+        one = torch.ones(1, 2, dtype=torch.float64, device=group.device)
+        backend.combine_(group, [both], [both, more], one)
+    return [
+        [b if a is None else a for a, b in zip(own, more, strict=True)]
+        for own, more in zip(total, grads, strict=True)
+    ]
+
+
+def give(served: Served, grads: Lists) -> None:
+    """Make these the parameters' gradients."""
+    for (group, _), own in zip(served, grads, strict=True):
+        for p, g in zip(group.params, own, strict=True):
+            p.grad = g
+
+
+def add_decay(served: Served, param_groups: list[dict[str, Any]]) -> None:
+    """``g += weight_decay w``, ``g -= weight_decay w`` where the group maximizes; the groups have read g."""
+    for group, backend in served:
+        sizes = []
+        for key in group.keys:
+            own = param_groups[key[0]]
+            size = torch.as_tensor(own.get("weight_decay") or 0.0, dtype=torch.float64, device=group.device)
+            sizes.append(-size if own.get("maximize", False) else size)
+        each = torch.stack(sizes)[group.row_index()]
+        rows = torch.stack([torch.ones_like(each), each], dim=1).unsqueeze(1)
+        backend.combine_(group, [group.grads], [group.grads, list(group.params)], rows)
+        write_back(group, group.grads)
+        group.drop_gradients()

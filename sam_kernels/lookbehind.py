@@ -1,0 +1,97 @@
+"""The step of a `Lookbehind` probe: several ascents, a base step with the gradient of each, and half the way back.
+
+The base steps from its own last point while the gradients are those of the ascent. Both live in the parameters
+in turn: they are exchanged before the base's step, and after it.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import perturbation
+from .perturbation import Served
+from .policies import Lookbehind
+from .running_stats import frozen
+from .steps import Closure
+
+if TYPE_CHECKING:
+    from .optimizer import SAM
+
+Lists = list[list[Tensor | None]]
+
+
+def step(opt: SAM, closure: Closure, probe: Lookbehind) -> Any:
+    """All of the step but its bookkeeping; the weights end where it leads. The loss of the first pass."""
+    (loss,) = opt._evaluate_all([closure], 0)
+    opt._ascend()
+    served = opt._groups()
+    with torch.no_grad():
+        base = [_copies(group, backend, group.snapshots) for group, backend in served]
+    with nullcontext() if opt.model is None else frozen(opt.model):
+        first: Lists = []
+        for number in range(probe.k):
+            opt._evaluate_all([closure], number + 1)
+            with torch.no_grad():
+                _step_base(opt, served, base)
+                if number == 0 and probe.alpha is None:
+                    first = [
+                        _copies(group, backend, own)
+                        for (group, backend), own in zip(served, base, strict=True)
+                    ]
+            if number + 1 < probe.k:
+                opt._ascend()
+    with torch.no_grad():
+        for i, (group, backend) in enumerate(served):
+            alpha = _share(group, backend, base[i], first[i]) if probe.alpha is None else probe.alpha
+            alpha = torch.as_tensor(alpha, dtype=torch.float64, device=group.device)
+            rows = torch.stack([1 - alpha, alpha], dim=-1).unsqueeze(-2)
+            backend.combine_(group, [_perturbed(group)], [group.snapshots, base[i]], rows)
+            perturbation.forget(group)
+    return loss
+
+
+def _step_base(opt: SAM, served: Served, base: Lists) -> None:
+    """Let the base step from where it stands, by the gradients of where the ascent stands."""
+    _exchange(served, base)
+    for group, _ in served:
+        for p, s in zip(group.params, group.snapshots, strict=True):
+            if s is None:
+                p.grad = None  # what was not perturbed takes no part in this step
+    try:
+        opt._step_base_in_place()
+    finally:
+        _exchange(served, base)
+
+
+def _exchange(served: Served, base: Lists) -> None:
+    for (group, backend), own in zip(served, base, strict=True):
+        params = _perturbed(group)
+        swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64, device=group.device)
+        backend.combine_(group, [params, own], [params, own], swap)
+
+
+def _share(group: Any, backend: Any, base: list[Tensor | None], first: list[Tensor | None]) -> Tensor:
+    """Per tensor ``(cos(first displacement, whole displacement) + 1) / 2``; 1/2 where there was none."""
+    minus = torch.tensor([[1.0, -1.0]], dtype=torch.float64, device=group.device)
+    whole = group.scratch_like(base)
+    backend.combine_(group, [first], [first, group.snapshots], minus)
+    backend.combine_(group, [whole], [base, group.snapshots], minus)
+    dots = backend.grad_stats(group, [first, whole], per_tensor=True)
+    lengths = (dots[:, 0] * dots[:, 2]).sqrt()
+    cosine = torch.where(lengths == 0, 0.0, dots[:, 1] / lengths)
+    return (cosine + 1) / 2
+
+
+def _perturbed(group: Any) -> list[Any]:
+    return [None if s is None else p for p, s in zip(group.params, group.snapshots, strict=True)]
+
+
+def _copies(group: Any, backend: Any, tensors: list[Tensor | None]) -> list[Tensor | None]:
+    copies = [None if x is None else torch.empty_like(x) for x in tensors]
+    one = torch.ones(1, 1, dtype=torch.float64, device=group.device)
+    backend.combine_(group, [copies], [tensors], one)
+    return copies

@@ -1,0 +1,314 @@
+"""The half of SAM that has to do with gradients: where they are evaluated, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import combination, directions, perturbation, probing
+from .combination import Held
+from .perturbation import Measure, Served
+from .policies import (
+    Bernoulli,
+    Decoupled,
+    Dynamic,
+    Mirrored,
+    Momentum,
+    MultiStep,
+    Noise,
+    RandomStart,
+    Remembering,
+    ReuseOrthogonal,
+)
+from .recipe import Recipe
+from .running_stats import frozen
+from .slots import Slots
+
+Closure = Callable[..., Any]
+
+
+class Steps:
+    """Base of `SAM`: the passes of a step up to the descent."""
+
+    recipe: Recipe
+    model: nn.Module | None
+    base_optimizer: Optimizer
+    param_groups: list[dict[str, Any]]
+    _slots: Slots
+    _measure: Measure | None
+    _held: Held
+    _held_of: Served  # the groups whose gradients are held
+    _micro_batch: int
+    _groups: Callable[[], Served]
+    _write_tables: Callable[[Served], None]
+    _begin_masks: Callable[[Served], None]
+    _evolve_masks: Callable[[Served], None]
+    _begin_perturbed: Callable[[], None]
+    _numbers: Callable[[], dict[Tensor, int]]
+    _drawn_tensors: Callable[[Any], set[Tensor]]
+    _restore: Callable[[], None]
+    _revalidate: Callable[[], None]
+    _abandon: Callable[[], None]
+    zero_grad: Callable[..., None]
+    closure_kwargs: Callable[[int], dict[str, Any]]
+    is_due: bool
+
+    # ---- all gradients of a step ---------------------------------------------------------------
+
+    def _run_probes(self, closures: Sequence[Closure]) -> list[Any]:
+        """Evaluate every gradient of the recipe but do not descend; the losses of the first pass."""
+        recipe, probe = self.recipe, self.recipe.probe
+        if not self.is_due:
+            return self._evaluate_all(closures, 0)
+        if not recipe.direction.needs_gradient:
+            self._ascend()
+            return self._evaluate_all(closures, 0)
+        if isinstance(probe, RandomStart):
+            self._start_at_random(probe)
+        losses = self._evaluate_all(closures, 0)
+        if not self._passes_gate():
+            self._restore()
+            return losses
+        if isinstance(probe, RandomStart) and not probe.keep_noise:
+            self._read_gradients()
+            self._restore()
+        self._ascend()
+        with nullcontext() if self.model is None else frozen(self.model):
+            self._evaluate_all(closures, 1)
+            for index in range(2, probe.gradients):
+                if isinstance(probe, Mirrored):
+                    self._hold()
+                    with torch.no_grad():
+                        probing.mirror(self._groups())
+                else:
+                    self._ascend()
+                self._evaluate_all(closures, index)
+        return losses
+
+    def _run_micro_batches(self, closures: Sequence[Closure]) -> list[Any]:
+        """Each closure with a perturbation of its own; their gradients are added up, weights restored."""
+        losses, total, guard = [], None, None
+        served: Served = []
+        for number, closure in enumerate(closures):
+            self._micro_batch = number
+            losses += self._run_probes([closure])
+            self._revalidate()
+            self._combine_gradients()
+            self._restore()
+            if self._measure is not None:
+                norm = self._measure.norm
+                guard = norm if guard is None else guard + norm
+            served = self._groups()
+            for group, _ in served:
+                group.read_gradients()
+            grads = combination.hold(served, by_copy=False)
+            self.zero_grad()
+            total = grads if total is None else combination.add(served, total, grads)
+            for group, _ in served:
+                group.drop_gradients()
+        self._micro_batch = 0
+        combination.give(served, total or [])
+        if guard is not None:
+            self._measure = Measure(guard, [])
+        return losses
+
+    def _evaluate_all(self, closures: Sequence[Closure], probe: int) -> list[Any]:
+        """The gradient at one point: the sum over all closures, as autograd adds it up."""
+        losses = []
+        self.zero_grad()
+        for closure in closures:
+            self._keeps_gradients = bool(losses)  # closures clear them as they are used to; not now
+            try:
+                with torch.enable_grad():
+                    losses.append(closure(**self.closure_kwargs(probe)))
+            finally:
+                self._keeps_gradients = False
+        self._decay_inside()
+        return losses
+
+    # ---- ascent --------------------------------------------------------------------------------
+
+    def _ascend(self, by_copy: bool = False) -> None:
+        """Perturb the weights along the present gradients, or further where they are perturbed.
+
+        Args:
+            by_copy: gradients that are needed later may be overwritten by then.
+        """
+        served = self._groups()
+        if served:
+            try:
+                self._ascend_groups(served, by_copy)
+            except BaseException:
+                self._abandon()
+                raise
+        self._begin_perturbed()
+
+    def _ascend_groups(self, served: Served, by_copy: bool) -> None:
+        is_further = any(group.is_perturbed for group, _ in served)
+        is_first = not is_further or isinstance(self.recipe.probe, RandomStart)
+        if not is_further:
+            self._held, self._held_of = [], []
+        needs_gradient = self.recipe.direction.needs_gradient
+        for group, _ in served if needs_gradient else ():
+            group.read_gradients()
+        self._write_tables(served)
+        if not is_further:
+            self._begin_masks(served)
+        if is_first and self._keeps_first:
+            self._hold(by_copy)
+        gradients = [group.grads for group, _ in served]
+        guard = self._aim(served)
+        mask = self.recipe.mask
+        by_tensor = isinstance(mask, Bernoulli) and mask.by == "tensor"
+        if by_tensor and mask.norm == "masked":  # type: ignore[attr-defined]
+            self._draw_tensors(served)
+        found = perturbation.measure(served, self.recipe, guard)
+        if by_tensor and mask.norm == "full":  # type: ignore[attr-defined]
+            self._draw_tensors(served)
+        before, self._measure = self._measure, found
+        if not is_further:
+            self._evolve_masks_by(served, gradients)
+            self._prepare_gradients(served)
+            perturbation.perturb(served, found)
+        else:
+            probing.ascend_further(served, found)
+            if before is not None:
+                self._measure = Measure(before.norm + found.norm, [])  # a guard from here on
+        probe = self.recipe.probe
+        if isinstance(probe, MultiStep) and probe.project and (is_further or probe.step > 1):
+            probing.project(served, probe.step)
+
+    def _prepare_gradients(self, served: Served) -> None:
+        """Called between the norm and the perturbation; a subclass may change ``group.grads`` here."""
+
+    def _evolve_masks_by(self, served: Served, gradients: list[Any]) -> None:
+        """Masks go by the gradients, whatever the direction is."""
+        if not isinstance(self.recipe.mask, Dynamic):
+            return
+        aimed = [group.grads for group, _ in served]
+        for (group, _), own in zip(served, gradients, strict=True):
+            group.grads = own
+        self._evolve_masks(served)
+        for (group, _), own in zip(served, aimed, strict=True):
+            group.grads = own
+
+    def _aim(self, served: Served) -> Tensor | None:
+        """Put the recipe's direction in the place of the gradients; a guard where those are then unseen."""
+        direction, step = self.recipe.direction, self.param_groups[0]["sam_step"]
+        if isinstance(direction, Noise):
+            numbers = self._numbers()
+            for group, backend in served:
+                own = [numbers[p] for p in group.params]
+                directions.aim_at_noise(group, backend, direction, step, own, self._micro_batch)
+        elif isinstance(direction, Momentum):
+            for group, _ in served:
+                directions.aim_at_momentum(group, self.base_optimizer)
+        elif isinstance(direction, Remembering):
+            guard = perturbation.squares(served)
+            for group, backend in served:
+                directions.aim_past_memory(group, backend, direction, self._slots, guard)
+            return guard
+        return None
+
+    def _draw_tensors(self, served: Served) -> None:
+        """Whole tensors are left out by taking their gradients away."""
+        chosen = self._drawn_tensors(self.recipe.mask)
+        for group, _ in served:
+            group.grads = [g if p in chosen else None for p, g in zip(group.params, group.grads, strict=True)]
+            group.has_all_grads = group.has_all_grads and all(p in chosen for p in group.params)
+
+    def _start_at_random(self, probe: RandomStart) -> None:
+        served = self._groups()
+        try:
+            self._write_tables(served)
+            step, numbers = self.param_groups[0]["sam_step"], self._numbers()
+            probing.start_at_random(served, probe, step, numbers, self._micro_batch)
+        except BaseException:
+            self._abandon()
+            raise
+        self._held, self._held_of = [], []
+        self._begin_perturbed()
+
+    def _passes_gate(self) -> bool:
+        """Whether this step perturbs, where the cadence decides by the gradient; the host waits for that."""
+        cadence = self.recipe.cadence
+        if not cadence.needs_norm:
+            return True
+        served = self._groups()
+        for group, _ in served:
+            group.read_gradients()
+        q = float(perturbation.squares(served)) if served else 0.0
+        if not q < float("inf"):
+            return True  # the ascent finds it too, and the step is skipped
+        scalars, step = self._slots.scalars, self.param_groups[0]["sam_step"]
+        is_due, mean, variance = cadence.decide(
+            q, step, float(scalars.get("mean", 0.0)), float(scalars.get("variance", 0.0))
+        )
+        scalars.update(mean=mean, variance=variance)
+        return is_due
+
+    # ---- from gradients to the one that the base takes -----------------------------------------
+
+    @property
+    def _keeps_first(self) -> bool:
+        return self.recipe.combine.gradients > 1
+
+    def _read_gradients(self) -> Served:
+        served = self._groups()
+        for group, _ in served:
+            group.read_gradients()
+        return served
+
+    def _hold(self, by_copy: bool = False) -> None:
+        """Keep the present gradients for the combination, and let the next ones have memory of their own."""
+        served = self._read_gradients()
+        self._held.append(combination.hold(served, by_copy))
+        self._held_of = served
+
+    def _combine_gradients(self) -> None:
+        """Write the combination of all gradients of the step over the last."""
+        if not self._held:
+            return
+        served, guard = self._held_of, None if self._measure is None else self._measure.norm
+        for group, _ in served:
+            group.read_gradients()
+        combination.combine(served, self.recipe.combine, self._held, self._slots, guard)
+        self._forget_held()
+
+    def _reuse_gradients(self) -> None:
+        """What a step that does not perturb takes over from those that did."""
+        if isinstance(self.recipe.combine, ReuseOrthogonal):
+            combination.reuse(self._read_gradients(), self.recipe.combine, self._slots)
+
+    def _swap_gradients(self) -> Callable[[], None] | None:
+        """For a decoupled rule: the base gets the first gradient; what to do after it has stepped."""
+        rule = self.recipe.combine
+        if not self._held or not isinstance(rule, Decoupled):
+            return None
+        served, guard = self._held_of, None if self._measure is None else self._measure.norm
+        for group, _ in served:
+            group.read_gradients()
+        first = self._held[0]
+        last = combination.swap_first(served, first)
+        signs = [-1.0 if group.get("maximize", False) else 1.0 for group in self.param_groups]
+        rates = [sign * group["lr"] for sign, group in zip(signs, self.param_groups, strict=True)]
+        self._forget_held()
+        return lambda: combination.add_decoupled(served, rule, first, last, rates, guard)
+
+    def _forget_held(self) -> None:
+        self._held, self._held_of = [], []
+
+    def _decay_inside(self) -> None:
+        """``g += lam w`` at the present weights, for recipes whose weight decay is part of the loss."""
+        if self.recipe.decay != "inside" or not any(g.get("weight_decay") for g in self.param_groups):
+            return
+        with torch.no_grad():
+            combination.add_decay(self._read_gradients(), self.param_groups)
+
+
+__all__ = ["Closure", "Steps"]
