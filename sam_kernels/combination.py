@@ -19,6 +19,9 @@ from .tensor_groups import TensorGroup
 
 _ORTHOGONAL = "orthogonal"
 
+# What is left of a gradient without its own part along another is at least as long as so many roundings of it.
+_ROUNDINGS = 4.0
+
 Lists = list[list[Tensor | None]]
 Held = list[Lists]
 """By probe, then by group."""
@@ -57,6 +60,7 @@ def combine(served: Served, rule: Combine, held: Held, slots: Slots, guard: Tens
     if isinstance(rule, ReuseOrthogonal):
         for (group, backend), own, each, is_safe in zip(served, lists, dots, safe, strict=True):
             _keep_orthogonal(group, backend, rule, own, each, slots, is_safe)
+        _clear_rounding(served, rule, dots, slots)
         return
     for (group, backend), own, each in zip(served, lists, dots, strict=True):
         local = {name: value.to(group.device) for name, value in scalars.items()}
@@ -149,6 +153,16 @@ def _keep_orthogonal(
     kept = _rows(group, [(0.0, 0.0, 1.0)])
     backend.combine_(group, [outs], [*lists, before], torch.where(is_safe, made, kept))
     slots.put(_ORTHOGONAL, group, outs)
+
+
+def _clear_rounding(served: Served, rule: ReuseOrthogonal, dots: list[Any], slots: Slots) -> None:
+    """``v = 0`` where all of it is rounding, as with two parallel gradients: it would be blown up to ||g||."""
+    kept = [[slots.lists(_ORTHOGONAL, group)] for group, _ in served]
+    own = _dots(served, kept, rule.scope == "tensor")
+    for (group, backend), (v,), mine, of_gradients in zip(served, kept, own, dots, strict=True):
+        floor = (_ROUNDINGS * torch.finfo(group.dtype).eps) ** 2 * of_gradients[1][1]
+        is_more = mine[0][0] > floor
+        backend.combine_(group, [v], [v], _rows(group, [(is_more.double(),)]))
 
 
 def _dots(served: Served, lists: list[Lists], per_tensor: bool) -> list[Any]:

@@ -79,7 +79,7 @@ def test_toy_quantities_of_the_first_step():
 def test_looksam_remembers_the_orthogonal_part():
     for scope, expected in (
         ("global", (-0.0713750406, -0.1179663870, -0.0900542510)),
-        ("per_tensor", (-0.1021763689, -0.0771999231, 0.0)),
+        ("tensor", (-0.1021763689, -0.0771999231, 0.0)),
     ):
         look = LookSam(rho=0.1, scope=scope)
         run(look, toy_start(), toy_gradient, Sgd(lr=0.1), 1)

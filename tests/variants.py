@@ -70,6 +70,11 @@ def quadratic(recipe, method, problem, arguments, e, new, **more) -> Vector:
     return Vector(**{**vars(row), "label": size + row.label})
 
 
+def multistep(rho: float, n: int, step: float = 1.0, project: bool = True) -> MultiStepSam:
+    """Return the oracle by the recipe's arguments, where a step is a share of the radius."""
+    return MultiStepSam(rho, n, step * rho, project)
+
+
 R = {"rho": 0.1}
 MOMENTUM = {"momentum": 0.9}
 
@@ -145,7 +150,7 @@ ON_QUADRATICS = (
     ),
     quadratic(
         "multistep_sam",
-        lambda rho, n: MultiStepSam(rho, n),
+        multistep,
         ONE_TENSOR,
         {"rho": 0.05, "n": 1},
         (0.0166666667, 0.0333333333, -0.0333333333),
@@ -153,7 +158,7 @@ ON_QUADRATICS = (
     ),
     quadratic(
         "multistep_sam",
-        lambda rho, n: MultiStepSam(rho, n),
+        multistep,
         ONE_TENSOR,
         {"rho": 0.05, "n": 3},
         (0.0145375834, 0.0321375527, -0.0354377818),
@@ -161,15 +166,15 @@ ON_QUADRATICS = (
     ),
     quadratic(
         "multistep_sam",
-        lambda rho, n, step: MultiStepSam(rho, n, step),
+        multistep,
         ONE_TENSOR,
-        {"rho": 0.05, "n": 3, "step": 0.05 / 3},
+        {"rho": 0.05, "n": 3, "step": 1 / 3},
         (0.0156161053, 0.0327717671, -0.0343593788),
         (0.988438389, -2.02655435, 3.03030781),
     ),
     quadratic(
         "multistep_sam",
-        lambda rho, n, project: MultiStepSam(rho, n, project=project),
+        multistep,
         ONE_TENSOR,
         {"rho": 0.05, "n": 3, "project": False},
         (0.0426991021, 0.095785268, -0.106909638),
@@ -177,7 +182,7 @@ ON_QUADRATICS = (
     ),
     quadratic(
         "multistep_sam",
-        lambda rho, n: MultiStepSam(rho, n),
+        multistep,
         THREE_TENSORS,
         {"rho": 0.05, "n": 3},
         (0.00696154901, 0.0146557721, -0.0154188448, 0.00810615802, -0.0255542789, 0.0357809089),
@@ -202,7 +207,7 @@ ON_THE_TOY = (
     vector(
         "looksam",
         lambda rho, alpha, k, scope: LookSam(rho, alpha, k, scope, tau=1e-8),
-        {**R, "alpha": 0.7, "k": 2, "scope": "per_tensor"},
+        {**R, "alpha": 0.7, "k": 2, "scope": "tensor"},
         {2: (0.7879949662, -0.0942774146, 1.7194633824), 3: (0.6429604383, -0.0538593884, 1.6145700101)},
         # the code behind these numbers adds 1e-8 to ||g_v||, of 0.13; that moves the weights by 7e-9
         tolerance=1e-8,
@@ -427,8 +432,8 @@ ON_THE_TOY = (
     ),
     vector(
         "multistep_sam",
-        lambda rho, n, step, project: MultiStepSam(rho, n, step, project),
-        {**R, "n": 2, "step": 0.05, "project": False},
+        multistep,
+        {**R, "n": 2, "step": 0.5, "project": False},
         {1: (0.8233497121, -0.2444812417, 1.8360091444), 2: (0.6978678632, -0.1362718334, 1.7145717822)},
     ),
 )
@@ -453,11 +458,6 @@ def variant(label: str, recipe: str, method: Callable[..., Method], **arguments:
     return Variant(label, recipe, arguments, partial(method, **arguments), draws="noise" in label)
 
 
-def multistep(rho: float, n: int, step: float | None = None, project: bool = True) -> MultiStepSam:
-    """Return the oracle by the names of the recipe's arguments."""
-    return MultiStepSam(rho, n, step, project)
-
-
 # Radii are large, so that a wrong perturbation moves the weights by much more than the tolerance.
 VARIANTS = (
     variant("sam-1", "sam", lambda rho, p: OneNorm(rho), rho=0.1, p=1),
@@ -465,7 +465,7 @@ VARIANTS = (
     variant("fisher_sam", "fisher_sam", FisherSam, rho=0.1, eta=1.0),
     variant("fisher_sam-0.2", "fisher_sam", FisherSam, rho=0.2, eta=0.2),
     variant("looksam", "looksam", LookSam, rho=0.1, alpha=0.7, k=3, scope="global"),
-    variant("looksam-per-tensor", "looksam", LookSam, rho=0.1, alpha=0.7, k=2, scope="per_tensor"),
+    variant("looksam-per-tensor", "looksam", LookSam, rho=0.1, alpha=0.7, k=2, scope="tensor"),
     variant("esam", "esam", Esam, rho=0.1, beta=0.6, by="element", norm="full", seed=3),
     variant("esam-masked", "esam", Esam, rho=0.1, beta=0.5, by="element", norm="masked", seed=4),
     # with this seed no tensor of the toy problem is drawn in the second step
@@ -475,7 +475,7 @@ VARIANTS = (
     variant("friendly_sam-paper", "friendly_sam", FriendlySam, rho=0.1, sigma=0.7, lmbda=0.6, order="paper"),
     variant("rand_sam-noise", "rand_sam", RandSam, rho=0.1, seed=7),
     variant("multistep_sam", "multistep_sam", multistep, rho=0.1, n=3),
-    variant("multistep_sam-steps", "multistep_sam", multistep, rho=0.1, n=2, step=0.08),
+    variant("multistep_sam-steps", "multistep_sam", multistep, rho=0.1, n=2, step=0.8),
     variant("multistep_sam-free", "multistep_sam", multistep, rho=0.1, n=3, project=False),
     variant("samar", "samar", Samar, rho=0.1, lambda_0=0.6, chi_up=1.05, chi_down=0.8, up=1.3, down=0.7),
     variant("samar-add", "samar", Samar, rho=0.1, smallest=0.48, largest=0.52, weighting="add"),

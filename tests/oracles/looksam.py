@@ -27,7 +27,7 @@ def orthogonal(g: Tensors, gs: Tensors) -> Tensors:
 
 @dataclass
 class LookSam:
-    """`scope` is "global", or "per_tensor" for dots and norms of each tensor by itself.
+    """`scope` is "global", or "tensor" for dots and norms of each tensor by itself.
 
     The perturbation has one global norm in either scope.
     """

@@ -6,7 +6,6 @@ x <- base((1 - lmbda) grad of this batch at xt + lmbda gy')
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ from oracles.steps import Gradient, moved, total
 
 @dataclass
 class Sampa:
-    """`anticipate` is "gradient": y = x - lr gy, or "base": what the base optimizer would make of gy.
+    """y = x - lr (gy + weight_decay x + momentum v), with what the base has of these.
 
     `start` is "clean": before the first step gy is the first batch's gradient at x, or "code": the first
     step is a plain one on the first batch, which is used again.
@@ -24,7 +23,6 @@ class Sampa:
 
     rho: float = 0.1
     lmbda: float = 0.2
-    anticipate: str = "gradient"
     start: str = "clean"
     ahead: Tensors = field(default_factory=dict)
 
@@ -36,9 +34,11 @@ class Sampa:
                 return base.step(weights, self.ahead)
         batch = number - (self.start == "code")
         probe = moved(weights, self.ahead, self.rho / (total_norm(self.ahead) + 1e-12))
-        if self.anticipate == "base":
-            there = copy.deepcopy(base).step(weights, self.ahead)
-        else:
-            there = moved(weights, self.ahead, -base.lr)
+        there = {}
+        for name, w in weights.items():
+            expected = self.ahead[name] + base.weight_decay * w
+            if getattr(base, "momentum", 0) and name in base.buffers:
+                expected = expected + base.momentum * base.buffers[name]
+            there[name] = w - base.lr * expected
         here, self.ahead = gradient(probe, batch), gradient(there, batch + 1)
         return base.step(weights, total((1 - self.lmbda, here), (self.lmbda, self.ahead)))
