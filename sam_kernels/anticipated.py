@@ -1,4 +1,4 @@
-"""The step of an `Anticipated` probe (SAMPa): the second gradient is that of the next batch, where it will be."""
+"""The step of an `Anticipated` probe (SAMPa): its second gradient is that of the next batch."""
 
 from __future__ import annotations
 

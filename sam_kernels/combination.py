@@ -19,7 +19,8 @@ from .tensor_groups import TensorGroup
 
 _ORTHOGONAL = "orthogonal"
 
-# What is left of a gradient without its own part along another is at least as long as so many roundings of it.
+# What is left of a gradient without its own part along another is at least as long as so many roundings of
+# it.
 _ROUNDINGS = 4.0
 
 Lists = list[list[Tensor | None]]
@@ -141,7 +142,7 @@ def _keep_orthogonal(
     slots: Slots,
     is_safe: Tensor,
 ) -> None:
-    """The part of the last gradient that is orthogonal to the first, into its slot; `d` is the last itself."""
+    """The part of the last gradient that is orthogonal to the first, into its slot."""
     before = slots.lists(_ORTHOGONAL, group)
     both = [g is not None and gs is not None for g, gs in zip(*lists, strict=True)]
     slots.drop(_ORTHOGONAL, [p for p, has in zip(group.params, both, strict=True) if not has])
@@ -156,7 +157,7 @@ def _keep_orthogonal(
 
 
 def _clear_rounding(served: Served, rule: ReuseOrthogonal, dots: list[Any], slots: Slots) -> None:
-    """``v = 0`` where all of it is rounding, as with two parallel gradients: it would be blown up to ||g||."""
+    """``v = 0`` where all of it is rounding, as with parallel gradients: it would be blown up."""
     kept = [[slots.lists(_ORTHOGONAL, group)] for group, _ in served]
     own = _dots(served, kept, rule.scope == "tensor")
     for (group, backend), (v,), mine, of_gradients in zip(served, kept, own, dots, strict=True):

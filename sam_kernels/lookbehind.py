@@ -1,7 +1,8 @@
-"""The step of a `Lookbehind` probe: several ascents, a base step with the gradient of each, and half the way back.
+"""The step of a `Lookbehind` probe: several ascents, a base step with the gradient of each, and half the way
+back.
 
-The base steps from its own last point while the gradients are those of the ascent. Both live in the parameters
-in turn: they are exchanged before the base's step, and after it.
+The base steps from its own last point while the gradients are those of the ascent. Both live in the
+parameters in turn: they are exchanged before the base's step, and after it.
 """
 
 from __future__ import annotations

@@ -261,9 +261,9 @@ class SAM(Steps, MaskUpdates, Optimizer):
         is on), descend, and return the first pass's loss. Without: finish what `first_step` or
         `perturbed` began.
 
-        A list of closures is one batch in parts. Each gradient is then the sum over all parts, exactly that of
-        the whole batch if their losses add up to its loss; with `m_sharpness` every part has a perturbation
-        of its own, and the resulting gradients are added up.
+        A list of closures is one batch in parts. Each gradient is then the sum over all parts, exactly that
+        of the whole batch if their losses add up to its loss; with `m_sharpness` every part has a
+        perturbation of its own, and the resulting gradients are added up.
 
         Args:
             closure: recomputes the loss, calls backward and returns the loss; or a list of such functions.
@@ -345,8 +345,8 @@ class SAM(Steps, MaskUpdates, Optimizer):
             return
         if not isinstance(closure, list | tuple) or not closure or not all(map(callable, closure)):
             raise TypeError(
-                f"step(): closure is {closure!r}; expected a function that recomputes the loss, a list of such "
-                "functions, or None"
+                f"step(): closure is {closure!r}; expected a function that recomputes the loss, a list of "
+                "such functions, or None"
             )
         if isinstance(self.recipe.probe, Anticipated | Lookbehind):
             raise TypeError(f"step(): recipe '{name}' takes one closure, not a list")
@@ -369,8 +369,9 @@ class SAM(Steps, MaskUpdates, Optimizer):
         self._require_idle("first_step()")
         if self.recipe.probe.needs_closure:
             raise RuntimeError(
-                f"recipe '{self.recipe.name}' evaluates {self.recipe.gradients} gradients per step, some where "
-                "only it can go, and needs opt.step(closure); first_step/second_step serve one-probe recipes"
+                f"recipe '{self.recipe.name}' evaluates {self.recipe.gradients} gradients per step, some "
+                "where only it can go, and needs opt.step(closure); first_step/second_step serve one-probe "
+                "recipes"
             )
         if self.recipe.direction.needs_gradient:
             self._decay_inside()

@@ -163,10 +163,12 @@ class Recipe:
             if isinstance(self.probe, Mirrored | RandomStart):
                 return f"probe {probe} moves whole parameters; expected mask Dense(), ByName() or ByModule()"
             if isinstance(self.probe, MultiStep) and self.probe.n > 1 and self.probe.project:
-                return "MultiStep(project=True) projects whole parameters; with masks of weights use project=False"
+                return "MultiStep(project=True) projects whole parameters; with masks use project=False"
         is_ball = isinstance(self.metric, Euclidean) and self.metric.p == 2
         if isinstance(self.probe, MultiStep) and self.probe.n > 1 and self.probe.project and not is_ball:
-            return "MultiStep(project=True) projects onto the Euclidean ball; with other metrics use project=False"
+            return (
+                "MultiStep(project=True) projects onto SAM's own ball; with other metrics use project=False"
+            )
         return None
 
     @property
@@ -175,7 +177,7 @@ class Recipe:
         return self.probe.gradients - (not self.direction.needs_gradient)
 
     def rho_at(self, step: int, lr: float | None = None) -> float:
-        """The radius at step number `step`, or at that learning rate: rho itself, or what the schedule says."""
+        """The radius at step number `step`, or at that learning rate."""
         if isinstance(self.rho, ProportionalToLr):
             return self.rho.rho_max if lr is None else self.rho.at(lr)
         return float(self.rho(step)) if callable(self.rho) else float(self.rho)

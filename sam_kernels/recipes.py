@@ -121,9 +121,9 @@ def sam(
     """Sharpness-aware minimization: ``e = rho g / ||g||``, then a base step with ``grad L(w + e)``.
 
     ``e = rho sign(g) |g|^(q-1) / (||g||_q^q)^(1/p)``, ``1/p + 1/q = 1``; for p = inf
-    ``e = rho sign(g)``, and for p = 1 the gradients of the largest size share rho. The norm is global over all tensors. Weight decay acts at the restored
-    weights and not in the perturbation. Cost: two gradients, 4 + 16 bytes per fp32 parameter more
-    than the base step, one copy of the weights.
+    ``e = rho sign(g)``, and for p = 1 the gradients of the largest size share rho. The norm is global over
+    all tensors. Weight decay acts at the restored weights and not in the perturbation. Cost: two gradients, 4
+    + 16 bytes per fp32 parameter more than the base step, one copy of the weights.
 
     Args:
         rho: radius (default 0.05, the paper's).
@@ -414,8 +414,9 @@ def fisher_sam(rho: float | Schedule = 0.1, eta: float = 1.0) -> Recipe:
 def k_sam(rho: float | Schedule = 0.05) -> Recipe:
     """K-SAM: SAM on the K samples of the largest loss, which `sampling.top_losses` chooses.
 
-    ``e = rho g / ||g||`` and the descent, both with gradients of the mean loss of these samples. The optimizer
-    owns no data, so its half is that of `sam`: ``opt.step(sampling.top_losses(loss_fn, batch, keep=32))``.
+    ``e = rho g / ||g||`` and the descent, both with gradients of the mean loss of these samples. The
+    optimizer owns no data, so its half is that of `sam`: ``opt.step(sampling.top_losses(loss_fn, batch,
+    keep=32))``.
 
     Args:
         rho: radius (default 0.05).
@@ -443,8 +444,8 @@ def looksam(
 ) -> Recipe:
     """LookSAM: SAM on every k-th step, and on the others the gradient with what SAM added to it last.
 
-    ``v = gs - (<g, gs> / ||g||^2) g`` is kept from the steps that perturb; the others take
-    ``d = g + alpha (||g|| / ||v||) v``.
+    ``e = rho g / ||g||``, ``gs = grad L(w + e)``; ``v = gs - (<g, gs> / ||g||^2) g`` is kept from the steps
+    that perturb, and the others take ``d = g + alpha (||g|| / ||v||) v``.
 
     Args:
         rho: radius (default 0.1, Leminhbinh0209/LookSAM).
@@ -509,10 +510,10 @@ def friendly_sam(
     lmbda: float = 0.9,
     order: Literal["code", "paper"] = "code",
 ) -> Recipe:
-    """Friendly SAM: perturb along the gradient without its average, ``e = rho d / ||d||``, ``d = g - sigma m``.
+    """Friendly SAM: perturb along the gradient without its average, ``d = g - sigma m``.
 
-    ``m <- lmbda m + (1 - lmbda) g``. The base steps with the whole gradient at ``w + e``. Where d is as small as
-    rounding, late in training with large batches, the perturbation is noise of full radius.
+    ``e = rho d / ||d||``, ``m <- lmbda m + (1 - lmbda) g``. The base steps with the whole gradient at ``w + e``. Where d is as small
+    as rounding, late in training with large batches, the perturbation is noise of full radius.
 
     Args:
         rho: radius (default 0.05, nblt/F-SAM; its script takes 0.2).
@@ -550,8 +551,8 @@ def rand_sam(rho: float | Schedule = 0.05, seed: int = 0) -> Recipe:
         >>> rand_sam().gradients
         1
 
-    Source: Foret et al. 2021, arXiv 2010.01412, appendix C.5; Tiwary and Aananth 2024, arXiv 2411.01714, whose
-    distribution is not known to us. R-SAM, which ascends after the noise, is `r_sam`.
+    Source: Foret et al. 2021, arXiv 2010.01412, appendix C.5; Tiwary and Aananth 2024, arXiv 2411.01714,
+    whose distribution is not known to us. R-SAM, which ascends after the noise, is `r_sam`.
     """
     return Recipe(direction=Noise(seed=seed), rho=rho, eps=1e-12)
 
@@ -562,8 +563,8 @@ def multistep_sam(
 ) -> Recipe:
     """n-step SAM: n ascent steps of length ``step rho`` within the ball, and the descent from the last.
 
-    ``w_k = P(w_(k-1) + step rho g / ||g||)``, P the projection onto the ball of radius rho around w. n + 1
-    gradients.
+    ``w_k = P(w_(k-1) + e_k)``, ``e_k = step rho g / ||g||``, P the projection onto the ball of radius rho
+    around w. n + 1 gradients.
 
     Args:
         rho: radius (default 0.05).
@@ -599,8 +600,9 @@ def samar(
 ) -> Recipe:
     """SAM with adaptive regularization: ``d = (1 - l) g + l gs``, l following the gradient norm.
 
-    ``r = ||g|| / ||g_before||``; after the step l grows by `up` where ``r > chi_up`` and shrinks by `down` where
-    ``r < chi_down``, within its bounds. ``lambda_0=1, up=down=1`` is SAM, and ``lambda_0=0`` the base alone.
+    ``gs = grad L(w + e)``, ``e = rho g / ||g||``; ``r = ||g|| / ||g_before||``; after the step l grows by
+    `up` where ``r > chi_up`` and shrinks by `down` where ``r < chi_down``, within its bounds.
+    ``lambda_0=1, up=down=1`` is SAM, and ``lambda_0=0`` the base alone.
 
     Args:
         rho: radius (default 0.05).
@@ -615,9 +617,9 @@ def samar(
         >>> samar(lambda_0=0.25).combine.first_scalars()["lambda"]
         0.25
 
-    Source: Zou, Deng, Sun, "Sharpness-Aware Minimization with Adaptive Regularization", 2024, arXiv 2412.16854.
-    A reconstruction from the abstract: the paper's rule and its values are not known to us, and every default
-    is our choice.
+    Source: Zou, Deng, Sun, "Sharpness-Aware Minimization with Adaptive Regularization", 2024, arXiv
+    2412.16854. A reconstruction from the abstract: the paper's rule and its values are not known to us, and
+    every default is our choice.
     """
     rule = AdaptiveRatio(
         lambda_0=lambda_0,
@@ -656,10 +658,10 @@ def vasso(rho: float | Schedule = 0.05, theta: float = 0.9) -> Recipe:
 
 @_recipe
 def cr_sam(rho: float | Schedule = 0.1, gamma: float = 0.1, beta: float = 0.1) -> Recipe:
-    """Curvature-regularized SAM: ``d = g+ + gamma (g+ + g- - 2 g) + beta (g+ - g-)``, g at ``w``, ``w + e``, ``w - e``.
+    """Curvature-regularized SAM: ``d = g+ + gamma (g+ + g- - 2 g) + beta (g+ - g-)``.
 
-    Three gradients. The curvature term is of the order of rho^2, so under half-precision autocast it is mostly
-    rounding noise.
+    The gradients are those at ``w``, ``w + e`` and ``w - e``, ``e = rho g / ||g||``. The curvature term is of the order of rho^2, so under
+    half-precision autocast it is mostly rounding noise.
 
     Args:
         rho: radius (default 0.1, TrustAIoT/CR-SAM).
@@ -685,13 +687,14 @@ def gsam(
 ) -> Recipe:
     """Surrogate-gap SAM: ``d = gs - alpha (g - c gs)``, ``c = <g, gs> / ||gs||^2``.
 
-    What is subtracted is the clean gradient's part orthogonal to the perturbed one. alpha = 0 is SAM. The radius
-    of the paper follows the learning rate: ``rho=ProportionalToLr(0.6, 0.1, lr_max, lr_min)`` of
+    What is subtracted is the clean gradient's part orthogonal to the perturbed one. alpha = 0 is SAM. The
+    radius of the paper follows the learning rate: ``rho=ProportionalToLr(0.6, 0.1, lr_max, lr_min)`` of
     `sam_kernels.schedules`.
 
     Args:
         rho: radius, or a schedule of it (default 0.05).
-        alpha: share of that part (default 0.4, juntang-zhuang/GSAM's example; 0.6 in google-research/big_vision).
+        alpha: share of that part (default 0.4, juntang-zhuang/GSAM's example; 0.6 in
+            google-research/big_vision).
         adaptive: ``e = rho w^2 g / || |w| g ||``, as in the authors' torch code.
         minimize_fp: False for ``d = g + alpha (gs - c' g)``, the option of the authors' JAX code.
         every: perturb on every k-th step only.
@@ -717,8 +720,9 @@ def gsam(
 def wsam(rho: float | Schedule = 0.05, gamma: float = 0.9, decoupled: bool = True) -> Recipe:
     """Weighted SAM: sharpness as a regularizer of weight ``a = gamma / (1 - gamma)``.
 
-    Decoupled (default): the base steps with g, then ``w <- w - lr a (gs - g)``. Coupled: the base steps with
-    ``(1 - a) g + a gs``. gamma = 1/2 is SAM if coupled, or with SGD without momentum.
+    ``gs = grad L(w + e)``, ``e = rho g / ||g||``. Decoupled (default): the base steps with g, then ``w <- w -
+    lr a (gs - g)``. Coupled: the base steps with ``(1 - a) g + a gs``. gamma = 1/2 is SAM if coupled, or with
+    SGD without momentum.
 
     Args:
         rho: radius (default 0.05, intelligent-machine-learning/atorch).
@@ -734,7 +738,8 @@ def wsam(rho: float | Schedule = 0.05, gamma: float = 0.9, decoupled: bool = Tru
         Mix(first=0.0, last=1.0, normalize=False)
 
     Source: Yue et al., "Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term",
-    KDD 2023, arXiv 2305.15817. atorch perturbs by the local gradient under DDP; ours by the one the caller has.
+    KDD 2023, arXiv 2305.15817. atorch perturbs by the local gradient under DDP; ours by the one the caller
+    has.
     """
     if not (isinstance(gamma, int | float) and 0 <= gamma < 1):
         raise ValueError(f"wsam: gamma is {gamma!r}; expected a number from 0 to below 1")
@@ -745,6 +750,8 @@ def wsam(rho: float | Schedule = 0.05, gamma: float = 0.9, decoupled: bool = Tru
 @_recipe
 def gnp(rho: float | Schedule = 0.1, alpha: float = 0.8, normalize: bool = True) -> Recipe:
     """Gradient-norm penalty: ``d = (1 - alpha) u + alpha gs``, ``u = g / ||g||``, or g if not `normalize`.
+
+    ``gs = grad L(w + e)``, ``e = rho g / ||g||``.
 
     Args:
         rho: radius (default 0.1, zhaoyang-0204/gnp).
@@ -769,9 +776,9 @@ def gnp(rho: float | Schedule = 0.1, alpha: float = 0.8, normalize: bool = True)
 def sampa(rho: float | Schedule = 0.1, lmbda: float = 0.2) -> Recipe:
     """SAM parallelized: two gradients that need not wait for each other, the second of the next batch.
 
-    ``e = rho y / ||y||`` with y the gradient that the step before evaluated at ``w - lr y``, its expected next
-    iterate; ``d = (1 - lmbda) g(w + e) + lmbda y_next``. Call ``opt.step(closure, ahead=closure_of_next_batch)``,
-    and hand the same batch in as `closure` of the next step.
+    ``e = rho y / ||y||`` with y the gradient that the step before evaluated at ``w - lr y``, its expected
+    next iterate; ``d = (1 - lmbda) g(w + e) + lmbda y_next``. Call ``opt.step(closure,
+    ahead=closure_of_next_batch)``, and hand the same batch in as `closure` of the next step.
 
     Args:
         rho: radius (default 0.1, LIONS-EPFL/SAMPa).
@@ -796,12 +803,13 @@ def sampa(rho: float | Schedule = 0.1, lmbda: float = 0.2) -> Recipe:
 def msam(rho: float | Schedule = 0.3, decay: Literal["outside", "inside"] = "outside") -> Recipe:
     """Momentum SAM: ``e = -rho v / ||v||`` along the base's momentum v, and one gradient per step.
 
-    v is "momentum_buffer" of SGD or "exp_avg" of Adam and AdamW; before the base has one, nothing is perturbed.
+    v is "momentum_buffer" of SGD or "exp_avg" of Adam and AdamW; before the base has one, nothing is
+    perturbed.
 
     Args:
         rho: radius (default 0.3, MarlonBecker/MSAM; 3 for its CIFAR runs with SGD).
-        decay: "outside" (default): weight decay of the clean weights; "inside": of the perturbed ones, as in the
-            authors' SGD.
+        decay: "outside" (default): weight decay of the clean weights; "inside": of the perturbed ones, as in
+            the authors' SGD.
         every: perturb on every k-th step only.
 
     Raises:
@@ -811,16 +819,16 @@ def msam(rho: float | Schedule = 0.3, decay: Literal["outside", "inside"] = "out
         >>> msam().gradients
         1
 
-    Source: Becker, Altrock, Risse, "Momentum-SAM: Sharpness Aware Minimization without Computational Overhead",
-    2024, arXiv 2401.12033. There weights stay perturbed between steps, so that evaluation and checkpoints must
-    move them back, and a change of rho moves them for good; ours are perturbed inside of a step only.
+    Source: Becker, Altrock, Risse, "Momentum-SAM: Sharpness Aware Minimization without Computational
+    Overhead", 2024, arXiv 2401.12033. There weights stay perturbed between steps, so that evaluation and checkpoints
+    must move them back, and a change of rho moves them for good; ours are perturbed inside of a step only.
     """
     return Recipe(direction=Momentum(), rho=rho, eps=1e-12, decay=decay)
 
 
 @_recipe
 def r_sam(rho: float | Schedule = 0.05, noise: float = 0.1, keep_noise: bool = True, seed: int = 0) -> Recipe:
-    """Randomly smoothed SAM: noise first, ``e = rho g / ||g||`` with the gradient there, the descent from both.
+    """Randomly smoothed SAM: noise first, then ``e = rho g / ||g||`` with the gradient there.
 
     ``delta_l = noise ||w_l|| n_l / ||n_l||`` per tensor, ``n_l ~ N(0, 1)``; gradients at ``w + delta`` and
     ``w + delta + e``.
@@ -839,8 +847,8 @@ def r_sam(rho: float | Schedule = 0.05, noise: float = 0.1, keep_noise: bool = T
         >>> r_sam(noise=0.05).probe.noise
         0.05
 
-    Source: Liu et al., "Random Sharpness-Aware Minimization", NeurIPS 2022. No code of the authors is public; the
-    noise and the second point are those of a community trainer, and the paper's may differ.
+    Source: Liu et al., "Random Sharpness-Aware Minimization", NeurIPS 2022. No code of the authors is public;
+    the noise and the second point are those of a community trainer, and the paper's may differ.
     """
     return Recipe(probe=RandomStart(noise=noise, keep_noise=keep_noise, seed=seed), rho=rho, eps=1e-12)
 
@@ -849,18 +857,19 @@ def r_sam(rho: float | Schedule = 0.05, noise: float = 0.1, keep_noise: bool = T
 def ae_sam(
     rho: float | Schedule = 0.05,
     *,
-    steps: int,
+    steps: int = 10_000,
     decay: float = 0.9,
     late: float = -1.0,
     early: float = 1.0,
 ) -> Recipe:
     """Adaptive policy to employ SAM: SAM on steps of large gradients, the base alone on the others.
 
-    Perturbs where ``||g||^2 >= mean + c sqrt(variance)``, see `policies.NormGate`; the host waits for the norm.
+    ``e = rho g / ||g||`` where ``||g||^2 >= mean + c sqrt(variance)``, see `policies.NormGate`; the host
+    waits for the norm.
 
     Args:
         rho: radius (default 0.05).
-        steps: of the whole training, over which c goes from `early` to `late`.
+        steps: of the whole training, over which c goes from `early` to `late`; set it (default 10,000).
         decay: of mean and variance (default 0.9).
         late, early: c at the end and at the beginning (default -1 and 1).
 
@@ -871,8 +880,8 @@ def ae_sam(
         >>> ae_sam(steps=1000).cadence.decay
         0.9
 
-    Source: Jiang et al., "An Adaptive Policy to Employ Sharpness-Aware Minimization", ICLR 2023; formulas by a
-    third-party transcription, defaults unconfirmed.
+    Source: Jiang et al., "An Adaptive Policy to Employ Sharpness-Aware Minimization", ICLR 2023; formulas by
+    a third-party transcription, defaults unconfirmed.
     """
     return Recipe(cadence=NormGate(steps=steps, decay=decay, late=late, early=early), rho=rho, eps=1e-12)
 
@@ -882,6 +891,8 @@ def rst(
     rho: float | Schedule = 0.05, probability: float | Callable[[int], float] = 0.5, seed: int = 0
 ) -> Recipe:
     """Randomized sharpness-aware training: SAM with a probability, the base alone otherwise.
+
+    ``e = rho g / ||g||`` on the steps that are drawn.
 
     Args:
         rho: radius (default 0.05).
@@ -895,24 +906,25 @@ def rst(
         >>> rst(probability=1.0).cadence.is_due(7)
         True
 
-    Source: Zhao, Zhang, Hu, "Randomized Sharpness-Aware Training for Boosting Computational Efficiency in Deep
-    Learning", 2022, arXiv 2203.09962.
+    Source: Zhao, Zhang, Hu, "Randomized Sharpness-Aware Training for Boosting Computational Efficiency in
+    Deep Learning", 2022, arXiv 2203.09962.
     """
     return Recipe(cadence=WithProbability(probability, seed=seed), rho=rho, eps=1e-12)
 
 
 @_recipe
 def lookbehind_sam(rho: float | Schedule = 0.05, k: int = 2, alpha: float | None = 0.5) -> Recipe:
-    """Lookbehind SAM: k ascents on one batch, a base step with the gradient of each, and part of the way back.
+    """Lookbehind SAM: k ascents on one batch, a base step with the gradient of each, and part of the way
+    back.
 
-    ``p_i = p_(i-1) + rho g(p_(i-1)) / ||g(p_(i-1))||`` from ``p_0 = w``; the base steps on from its own last point
-    with ``g(p_i)``, k times; ``w <- w + alpha (last - w)``.
+    ``p_i = p_(i-1) + e_i``, ``e_i = rho g(p_(i-1)) / ||g(p_(i-1))||``, from ``p_0 = w``; the base steps on
+    from its own last point with ``g(p_i)``, k times; ``w <- w + alpha (last - w)``.
 
     Args:
         rho: length of each ascent (default 0.05).
         k: ascents (default 2).
-        alpha: share of the way (default 0.5); None for ``(cos(first displacement, whole displacement) + 1) / 2``
-            of each tensor.
+        alpha: share of the way (default 0.5); None for ``(cos(first displacement, whole displacement) + 1) /
+            2`` of each tensor.
         every: look behind on every k-th step only.
 
     Raises:
@@ -922,8 +934,9 @@ def lookbehind_sam(rho: float | Schedule = 0.05, k: int = 2, alpha: float | None
         >>> lookbehind_sam(k=5).gradients
         6
 
-    Source: Mordido et al., "Lookbehind-SAM: k steps back, 1 step forward", ICML 2024, arXiv 2307.16704; eps 1e-16
-    as in chandar-lab/Lookbehind-SAM. There each ascent evaluates its gradient again; ours takes the one it has.
+    Source: Mordido et al., "Lookbehind-SAM: k steps back, 1 step forward", ICML 2024, arXiv 2307.16704; eps
+    1e-16 as in chandar-lab/Lookbehind-SAM. There each ascent evaluates its gradient again; ours takes the one
+    it has.
     """
     return Recipe(probe=Lookbehind(k=k, alpha=alpha), rho=rho, eps=1e-16)
 

@@ -41,8 +41,8 @@ class ProportionalToLr:
                 )
         if self.lr_min > self.lr_max:
             raise ValueError(
-                f"ProportionalToLr: lr_min is {self.lr_min} and lr_max {self.lr_max}; expected lr_min to be at "
-                "most lr_max"
+                f"ProportionalToLr: lr_min is {self.lr_min} and lr_max {self.lr_max}; expected lr_min to "
+                "be at most lr_max"
             )
 
     def at(self, lr: float) -> float:

@@ -119,10 +119,12 @@ class Steps:
 
     def _evaluate_all(self, closures: Sequence[Closure], probe: int) -> list[Any]:
         """The gradient at one point: the sum over all closures, as autograd adds it up."""
-        losses = []
-        self.zero_grad()
+        losses: list[Any] = []
         for closure in closures:
-            self._keeps_gradients = bool(losses)  # closures clear them as they are used to; not now
+            if not losses:
+                losses.append(self._evaluate(closure, probe))
+                continue
+            self._keeps_gradients = True  # closures clear them as they are used to; not now
             try:
                 with torch.enable_grad():
                     losses.append(closure(**self.closure_kwargs(probe)))
@@ -130,6 +132,14 @@ class Steps:
                 self._keeps_gradients = False
         self._decay_inside()
         return losses
+
+    def _evaluate(self, closure: Closure, probe: int) -> Any:
+        """The gradient of one closure in place of those that are there."""
+        self.zero_grad()
+        # Under autocast around a whole step, the casts of weights that have moved since would be used again.
+        torch.clear_autocast_cache()
+        with torch.enable_grad():
+            return closure(**self.closure_kwargs(probe))
 
     # ---- ascent --------------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ def test_descriptions_never_touch_operators(module):
 
 
 def test_recipe_knows_policies_only():
-    assert all(below(m, "policies") for m in known("sam_kernels.recipe"))
+    assert all(below(m, "policies", "schedules") for m in known("sam_kernels.recipe"))
 
 
 def test_recipes_know_recipe_and_policies_only():

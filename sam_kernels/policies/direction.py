@@ -173,8 +173,8 @@ class Noise(Direction):
 class Momentum(Direction):
     """Along the coming update, ``d = -v`` with v the base optimizer's momentum: MSAM.
 
-    v is "momentum_buffer" of SGD with momentum or "exp_avg" of Adam and AdamW; a tensor that has none yet is not
-    perturbed.
+    v is "momentum_buffer" of SGD with momentum or "exp_avg" of Adam and AdamW; a tensor that has none yet is
+    not perturbed.
 
     Example:
         >>> Momentum().needs_gradient

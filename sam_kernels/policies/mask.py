@@ -365,13 +365,13 @@ class Given(Sparse):
 class Bernoulli(Sparse):
     """A random mask, drawn anew in every step, with the perturbation divided by `keep`: ESAM's.
 
-    ``e = (rho / keep) m g / ||g||``, ``m_i ~ Bernoulli(keep)``. The draw is a function of seed, step, parameter
-    and element, so nothing is kept from step to step.
+    ``e = (rho / keep) m g / ||g||``, ``m_i ~ Bernoulli(keep)``. The draw is a function of seed, step,
+    parameter and element, so nothing is kept from step to step.
 
     Args:
         keep: probability that a weight is perturbed, above 0 to 1.
-        by: "element" for a draw per weight (default, the paper's), "tensor" for one per parameter (the authors'
-            code).
+        by: "element" for a draw per weight (default, the paper's), "tensor" for one per parameter (the
+            authors' code).
         seed: of the draws (default 0).
         norm: "full" (default, the paper's), or "masked" for that of the selected weights (the authors' code).
 

@@ -106,7 +106,8 @@ class Adaptive(Metric):
             return
         if not (isinstance(self.types, tuple) and all(isinstance(kind, type) for kind in self.types)):
             raise ValueError(
-                f"Adaptive: types is {self.types!r}; expected a tuple of module classes, e.g. (torch.nn.Linear,)"
+                f"Adaptive: types is {self.types!r}; expected a tuple of module classes, e.g. "
+                "(torch.nn.Linear,)"
             )
         if self.only is not None:
             raise ValueError(
@@ -132,8 +133,8 @@ class Adaptive(Metric):
 class Fisher(Metric):
     """``T = (1 + eta d^2)^(-1/2)``, the inverse root of a diagonal Fisher information: FisherSAM (p = 2).
 
-    ``e = rho h / sqrt(sum d h)`` with ``h = d / (1 + eta d^2)``. The information is that of the mean gradient,
-    and its size matters: unscale gradients first, and mind the batch size.
+    ``e = rho h / sqrt(sum d h)`` with ``h = d / (1 + eta d^2)``. The information is that of the mean
+    gradient, and its size matters: unscale gradients first, and mind the batch size.
 
     Args:
         eta: weight of the information, at least 0 (default 1; 0 is SAM).

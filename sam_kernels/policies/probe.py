@@ -43,8 +43,8 @@ class OneStep(Probe):
 class MultiStep(Probe):
     """`n` ascent steps, each along the gradient where the former one ended.
 
-    ``w_0 = w``; ``w_k = P(w_(k-1) + step g(w_(k-1)) / ||g(w_(k-1))||)``, with P the projection onto the ball of
-    radius rho around w; the gradient at ``w_n`` is the last.
+    ``w_0 = w``; ``w_k = P(w_(k-1) + step g(w_(k-1)) / ||g(w_(k-1))||)``, with P the projection onto the ball
+    of radius rho around w; the gradient at ``w_n`` is the last.
 
     Args:
         n: ascent steps, at least 1 (1 is SAM).
@@ -144,9 +144,9 @@ class RandomStart(Probe):
 class Anticipated(Probe):
     """Two points that need not wait for each other: ``w + e`` and the next iterate as it is expected.
 
-    ``e = rho y / ||y||`` with y the gradient at the expected iterate of the step before; the second gradient is
-    that of the next batch at ``w - lr y`` (with the base's momentum and weight decay), and the next y. The first
-    step evaluates one gradient more.
+    ``e = rho y / ||y||`` with y the gradient at the expected iterate of the step before; the second gradient
+    is that of the next batch at ``w - lr y`` (with the base's momentum and weight decay), and the next y. The
+    first step evaluates one gradient more.
 
     Example:
         >>> Anticipated().gradients
@@ -168,8 +168,8 @@ class Anticipated(Probe):
 class Lookbehind(Probe):
     """`k` times on one batch: ascend further, and let the base step with every gradient met on the way.
 
-    ``p_i = p_(i-1) + rho g(p_(i-1)) / ||g(p_(i-1))||`` from ``p_0 = w``; the base steps from its own last point
-    with ``g(p_i)``; then ``w + alpha (last - w)``.
+    ``p_i = p_(i-1) + rho g(p_(i-1)) / ||g(p_(i-1))||`` from ``p_0 = w``; the base steps from its own last
+    point with ``g(p_i)``; then ``w + alpha (last - w)``.
 
     Args:
         k: ascent steps, at least 1.
@@ -181,7 +181,7 @@ class Lookbehind(Probe):
 
     Example:
         >>> Lookbehind(k=5).gradients
-        10
+        6
 
     Source: Mordido et al., ICML 2024, arXiv 2307.16704.
     """
