@@ -58,6 +58,8 @@ class _Closure:
         """Called after each pass with its losses, one per kept sample."""
 
     def _losses(self, kept: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+        # Where autocast is around the whole step it keeps casts of weights that have moved since.
+        torch.clear_autocast_cache()
         count = self.size if kept is None else len(kept)
         losses = self.loss_fn(self.batch if kept is None else _select(self.batch, kept, self.size), **kwargs)
         if not isinstance(losses, Tensor):
@@ -87,11 +89,7 @@ class _Closure:
             stack.enter_context(torch.random.fork_rng([], device_type="cpu"))
             for device in devices - {torch.device("cpu")}:
                 stack.enter_context(torch.random.fork_rng([device.index], device_type=device.type))
-            losses = self._losses(None, kwargs)
-        # Around the whole step, autocast would hand casts of weights made here, without a graph, to the pass
-        # that follows, which then had no gradients.
-        torch.clear_autocast_cache()
-        return losses
+            return self._losses(None, kwargs)
 
 
 class _TopLosses(_Closure):

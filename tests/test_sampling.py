@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -338,14 +339,26 @@ def test_random_state_and_grad_mode_are_as_the_gradient_passes_leave_them(make):
 
 
 @pytest.mark.parametrize("make", [top_losses, sharpest])
-def test_gradients_are_there_under_autocast_around_the_step(make):
-    net = nn.Linear(4, 1)
-    closure = make(lambda x: net(x).float().square().flatten(), torch.randn(8, 4), 0.5)
-    with torch.autocast("cpu", torch.bfloat16):
-        for _ in range(2):
-            net.zero_grad()
-            closure()
-            assert net.weight.grad is not None and net.weight.grad.abs().sum() > 0
+def test_autocast_around_the_step_is_autocast_around_the_loss(make):
+    x = torch.randn(8, 4)
+    start = nn.Linear(4, 1).state_dict()
+
+    def weights_after_a_step(around_the_step: bool):
+        net = nn.Linear(4, 1)
+        net.load_state_dict(start)
+        opt = SAM(net.parameters(), torch.optim.SGD, rho=2.0, lr=0.1, backend="reference")
+
+        def losses(x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return net(x).float().square().flatten()
+
+        closure = make(losses, x, 0.5, reselect=True) if make is top_losses else make(losses, x, 0.5)
+        # not enabled=False, which counts as a region too
+        with torch.autocast("cpu", torch.bfloat16) if around_the_step else nullcontext():
+            opt.step(closure)
+        return closure.kept.tolist(), bits(net.weight)
+
+    assert weights_after_a_step(True) == weights_after_a_step(False)
 
 
 @pytest.mark.parametrize("make", [top_losses, sharpest])
