@@ -245,7 +245,7 @@ def draw_variants(results: Results, target: Path) -> bool:
     bars = {unit: peers for unit, peers in bars.items() if variants.ALONE in peers and len(peers) > 1}
     if not bars:
         return False
-    figure, axis = pyplot.subplots(figsize=(11, 0.5 * len(bars) + 1.8), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(13, 0.45 * len(bars) + 2), layout="constrained")
     names, places = [], []
     for place, (unit, peers) in enumerate(bars.items()):
         for offset, peer in zip((-0.2, 0.2), (variants.OURS, variants.PUBLISHED), strict=True):
@@ -263,13 +263,13 @@ def draw_variants(results: Results, target: Path) -> bool:
     axis.spines[["top", "right"]].set_visible(False)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=_color(p)) for p in (variants.OURS, variants.PUBLISHED)]
     labels = [variants.label(p) for p in (variants.OURS, variants.PUBLISHED)]
-    axis.legend(handles, labels, fontsize=9, loc="lower right", frameon=False)
+    figure.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=2, frameon=False)
     alone = results.find(next(iter(bars)), variants.ALONE, "total_ms")
     _finish(
         figure,
         f"One step of every recipe on {CASES[alone['case']].title}'s list, {BASES[alone['base']].title}, "
         "optimizer phase only; shorter is faster",
-        f"1 is the base alone with its fused update, {number(alone['p50'])} ms",
+        f"1 = {number(alone['p50'])} ms, the base alone, fused",
         alone,
         target,
     )
