@@ -218,13 +218,14 @@ class Workspace:
         self.dtype = dtype
         self.numel = sum(map(_numel, shapes))
         self._weights = [torch.empty(shape, dtype=dtype) for shape in shapes]
-        self.initial = self._random(WEIGHT_SIZE, seed)
+        self.initial = self.random(WEIGHT_SIZE, seed)
         self.slots = {name: [torch.zeros_like(w) for w in self._weights] for name in base.slots}
-        self.first = self._random(GRAD_SIZE, seed + 1)
-        self.second = self._random(GRAD_SIZE, seed + 2)
+        self.first = self.random(GRAD_SIZE, seed + 1)
+        self.second = self.random(GRAD_SIZE, seed + 2)
         self.reset()
 
-    def _random(self, size: float, seed: int) -> list[Tensor]:
+    def random(self, size: float, seed: int) -> list[Tensor]:
+        """A list like the weights, normal with that standard deviation."""
         generator = torch.Generator().manual_seed(seed)
         drawn = [torch.empty(w.shape).normal_(0, size, generator=generator) for w in self._weights]
         return [x.to(self.dtype) for x in drawn]

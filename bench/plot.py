@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import sparse
+from . import sparse, variants
 from .cases import BASES, CASES
 from .goals import OURS
 from .peers import COPY, label
@@ -44,9 +44,12 @@ def _color(key: str) -> str:
 
 
 def draw_all(results: Results, target: Path) -> list[Path]:
-    """Write the pictures for which there is something to draw; that of sparse SAM beside the other."""
-    beside = target.with_name(f"{target.stem}_sparse{target.suffix}")
-    pictures = {target: draw, beside: draw_sparse}
+    """Write the pictures for which there is something to draw; those of sections beside that of the steps."""
+
+    def beside(section: str) -> Path:
+        return target.with_name(f"{target.stem}_{section}{target.suffix}")
+
+    pictures = {target: draw, beside("sparse"): draw_sparse, beside("variants"): draw_variants}
     return [path for path, drawn in pictures.items() if drawn(results, path)]
 
 
@@ -131,11 +134,18 @@ def _panel(axis, results: Results, unit: str) -> None:  # type: ignore[no-untype
     )
 
 
-def _bar(axis, place: float, spread: dict[str, float] | Row, color: str, unit: str = "") -> None:  # type: ignore[no-untyped-def]
+def _bar(  # type: ignore[no-untyped-def]
+    axis,
+    place: float,
+    spread: dict[str, float] | Row,
+    color: str,
+    unit: str = "",
+    height: float = 0.72,
+) -> None:
     """A median with its whiskers and its number."""
     middle = spread["p50"]
     whiskers = [[middle - spread["p20"]], [spread["p80"] - middle]]
-    axis.barh(place, middle, color=color, height=0.72, xerr=whiskers, error_kw={"lw": 1, "ecolor": "0.25"})
+    axis.barh(place, middle, color=color, height=height, xerr=whiskers, error_kw={"lw": 1, "ecolor": "0.25"})
     axis.annotate(
         number(middle) + unit,
         (spread["p80"], place),
@@ -222,6 +232,48 @@ def _masked_panel(axis, results: Results, unit: str) -> None:  # type: ignore[no
     axis.set_title(
         f"one step with masks, {BASES[dense['base']].title}; 1 = {dense['p50']:.3g} ms, dense", fontsize=9.5
     )
+
+
+def draw_variants(results: Results, target: Path) -> bool:
+    """Write the picture of all recipes, relative to the base alone; False if there is nothing to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    bars = {unit: set(_timed(results, unit)) for unit in results.units("variants")}
+    bars = {unit: peers for unit, peers in bars.items() if variants.ALONE in peers and len(peers) > 1}
+    if not bars:
+        return False
+    figure, axis = pyplot.subplots(figsize=(13, 0.45 * len(bars) + 2), layout="constrained")
+    names, places = [], []
+    for place, (unit, peers) in enumerate(bars.items()):
+        for offset, peer in zip((-0.2, 0.2), (variants.OURS, variants.PUBLISHED), strict=True):
+            if peer in peers:
+                ratio = results.ratio(unit, peer, variants.ALONE, "total_ms")
+                _bar(axis, place + offset, ratio, _color(peer), height=0.38)
+        names.append(variants.VARIANTS[unit.split("/")[-1]].title)
+        places.append(place)
+    axis.axvline(1, color=_BOUND, lw=1.5, ls=":")
+    axis.set_yticks(places, names, fontsize=9)
+    axis.invert_yaxis()
+    axis.margins(x=0.1, y=0.02)
+    axis.set_xlim(left=0)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=_color(p)) for p in (variants.OURS, variants.PUBLISHED)]
+    labels = [variants.label(p) for p in (variants.OURS, variants.PUBLISHED)]
+    figure.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=2, frameon=False)
+    alone = results.find(next(iter(bars)), variants.ALONE, "total_ms")
+    _finish(
+        figure,
+        f"One step of every recipe on {CASES[alone['case']].title}'s list, {BASES[alone['base']].title}, "
+        "optimizer phase only; shorter is faster",
+        f"1 = {number(alone['p50'])} ms, the base alone, fused",
+        alone,
+        target,
+    )
+    return True
 
 
 def main() -> int:

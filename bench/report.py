@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from . import sparse
+from . import sparse, variants
 from .cases import BASES, CASES
 from .goals import GOALS, OURS, Outcome, fraction_of_roofline
 from .passes import BACKENDS, BYTES
@@ -22,7 +22,7 @@ NOISE = (
     "so even ratios flatter us; not to be quoted"
 )
 
-SECTIONS = ("step", "host", "passes", "sparse", "train")
+SECTIONS = ("step", "host", "passes", "sparse", "variants", "train")
 
 
 def number(x: float | None) -> str:
@@ -64,22 +64,34 @@ def unit_table(results: Results, unit: str) -> Table:
         "host": _host_table,
         "passes": _passes_table,
         "sparse": _update_table if unit.startswith("sparse/update/") else _masked_table,
+        "variants": lambda results, unit: variants_table(results, [unit]),
         "train": _train_table,
     }
     return tables[section](results, unit)
 
 
 def _reasons(results: Results, unit: str, table: Table) -> Table:
+    return _with_notes(table, _notes(results, unit))
+
+
+def _with_notes(table: Table, notes: list[str]) -> Table:
+    table.caption, table.caption_justify, table.caption_style = "\n".join(notes) or None, "left", ""
+    return table
+
+
+def _notes(results: Results, unit: str) -> list[str]:
+    """Who was left out, and why."""
     notes = []
     for row in results.rows:
         if row["unit"] == unit and row["metric"] in ("skipped", "wrong"):
             name = label(row["peer"]) if row["peer"] in SPECS else row["peer"]
             if unit.startswith("sparse/"):
                 name = sparse.label(row["peer"])
+            if unit.startswith("variants/"):
+                name = variants.label(row["peer"])
             word = "WRONG, not timed" if row["metric"] == "wrong" else "not run"
             notes.append(f"{name}: {word}: {row['value']}")
-    table.caption, table.caption_justify, table.caption_style = "\n".join(notes) or None, "left", ""
-    return table
+    return notes
 
 
 def _step_table(results: Results, unit: str) -> Table:
@@ -280,6 +292,51 @@ def _masked_table(results: Results, unit: str) -> Table:
     return _reasons(results, unit, table)
 
 
+def variants_table(results: Results, units: list[str]) -> Table:
+    """All recipes in one table, each measured with its own base alone."""
+    rows = [row for row in results.rows if row["unit"] == units[0]]
+    table = _table(
+        f"One step of every recipe, optimizer phase only: {_heading(rows[0])}; milliseconds",
+        "recipe",
+        "base alone,\nfused",
+        "ours",
+        "p20 .. p80",
+        "x base",
+        "as\npublished",
+        "p20 .. p80",
+        "x base",
+        "x ours",
+        "p20 .. p80\nof that",
+        "B/param as\npublished",
+        "apart",
+    )
+    notes = []
+    for unit in units:
+        title = variants.VARIANTS[unit.split("/")[-1]].title
+        alone, ours, theirs = (
+            results.find(unit, peer, "total_ms")
+            for peer in (variants.ALONE, variants.OURS, variants.PUBLISHED)
+        )
+        cells = [number(alone and alone["p50"])]
+        for row in (ours, theirs):
+            ratio = row and results.ratio(unit, row["peer"], variants.ALONE, "total_ms")
+            cells += [number(row and row["p50"]), _spread(row), number(ratio and ratio["p50"])]
+        ratio = results.ratio(unit, variants.PUBLISHED, variants.OURS, "total_ms")
+        count, error = (
+            results.value(unit, variants.PUBLISHED, metric) for metric in ("bytes_per_parameter", "error")
+        )
+        table.add_row(
+            title,
+            *cells,
+            number(ratio and ratio["p50"]),
+            "" if ratio is None else f"{number(ratio['p20'])} .. {number(ratio['p80'])}",
+            number(count),
+            "" if error is None else f"{error:.0e}",
+        )
+        notes += [f"{title}: {note}" for note in _notes(results, unit)]
+    return _with_notes(table, notes)
+
+
 def _train_table(results: Results, unit: str) -> Table:
     rows = [row for row in results.rows if row["unit"] == unit]
     first = rows[0]
@@ -346,7 +403,12 @@ def write_text(results: Results, target: Path) -> None:
         for key, value in (results.rows[0]["machine"] if results.rows else {}).items():
             console.print(f"{key:>18}  {value}", highlight=False)
         for section in SECTIONS:
-            for unit in results.units(section):
+            units = results.units(section)
+            if section == "variants" and units:
+                console.print()
+                console.print(variants_table(results, units))
+                continue
+            for unit in units:
                 console.print()
                 console.print(unit_table(results, unit))
         console.print()

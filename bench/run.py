@@ -19,12 +19,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import machine, passes, report, sparse, steps, training
+from . import machine, passes, report, sparse, steps, training, variants
 from .cases import BASES, CASES
 from .records import Results, Row
 from .timing import Effort
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+_QUICK_VARIANTS = ("asam", "vasso", "gsam")
 
 Measure = Callable[[Callable[[str], None], Callable[[int, int], None]], list[Row]]
 
@@ -85,6 +87,10 @@ def plan(arguments: argparse.Namespace) -> Iterator[tuple[str, Measure]]:
         units += [sparse.Step(base, arguments.cap) for base in arguments.bases or BASES]
         for unit in units:
             yield unit.name, partial(sparse.measure, unit, effort)
+    if "variants" in arguments.only:
+        for name in _QUICK_VARIANTS if quick else variants.VARIANTS:
+            unit = variants.Unit(name, arguments.cap)
+            yield unit.name, partial(variants.measure, unit, effort)
     if "train" in arguments.only:
         for name, (*_, batches, _, _) in training.MODELS.items():
             for batch in batches[:1] if quick else batches:

@@ -8,9 +8,19 @@
 Importing this package compiles nothing and initialises no device.
 """
 
-from . import backends, ops, policies, recipes, running_stats
+from . import backends, ops, policies, recipes, running_stats, sampling
 from ._version import __version__
 from .optimizer import SAM
 from .recipe import Recipe
 
-__all__ = ["SAM", "Recipe", "__version__", "backends", "ops", "policies", "recipes", "running_stats"]
+__all__ = [
+    "SAM",
+    "Recipe",
+    "__version__",
+    "backends",
+    "ops",
+    "policies",
+    "recipes",
+    "running_stats",
+    "sampling",
+]

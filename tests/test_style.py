@@ -57,6 +57,8 @@ PUBLIC = {
     "SAM.perturbed": SAM.perturbed,
     "SAM.backends": SAM.backends,
     "running_stats.frozen": sam_kernels.running_stats.frozen,
+    "sampling.sharpest": sam_kernels.sampling.sharpest,
+    "sampling.top_losses": sam_kernels.sampling.top_losses,
     "recipes.get": recipes.get,
     "recipes.names": recipes.names,
 }
@@ -70,7 +72,10 @@ def test_every_public_name_has_a_docstring(name):
     assert not own.startswith(f"{name}("), f"{name} has the docstring a dataclass makes up"
 
 
-@pytest.mark.parametrize("name", ["SAM", "Recipe", "running_stats.frozen", "recipes.get"])
+@pytest.mark.parametrize(
+    "name",
+    ["SAM", "Recipe", "running_stats.frozen", "recipes.get", "sampling.sharpest", "sampling.top_losses"],
+)
 def test_the_main_names_have_an_example(name):
     assert ">>>" in (inspect.getdoc(PUBLIC[name]) or "")
 
