@@ -77,9 +77,9 @@ def aim_past_memory(
         backend.combine_(group, outs, [_where(grads, is_old), present], _guarded(rows, is_safe))
     if created:
         is_new = [new is not None for new in fresh]
-        rows = [policy.first_memory] if is_itself else [policy.first_along, policy.first_memory]
+        firsts = [policy.first_memory] if is_itself else [policy.first_along, policy.first_memory]
         outs = [fresh] if is_itself else [_where(directions, is_new), fresh]
-        coefficients = torch.tensor(rows, dtype=torch.float64, device=group.device).unsqueeze(1)
+        coefficients = torch.tensor(firsts, dtype=torch.float64, device=group.device).unsqueeze(1)
         backend.combine_(group, outs, [_where(grads, is_new)], coefficients)
         slots.put(_EMA, group, fresh)
     group.grads = directions

@@ -512,8 +512,9 @@ def friendly_sam(
 ) -> Recipe:
     """Friendly SAM: perturb along the gradient without its average, ``d = g - sigma m``.
 
-    ``e = rho d / ||d||``, ``m <- lmbda m + (1 - lmbda) g``. The base steps with the whole gradient at ``w + e``. Where d is as small
-    as rounding, late in training with large batches, the perturbation is noise of full radius.
+    ``e = rho d / ||d||``, ``m <- lmbda m + (1 - lmbda) g``. The base steps with the whole gradient at ``w +
+    e``. Where d is as small as rounding, late in training with large batches, the perturbation is noise of
+    full radius.
 
     Args:
         rho: radius (default 0.05, nblt/F-SAM; its script takes 0.2).
@@ -660,8 +661,8 @@ def vasso(rho: float | Schedule = 0.05, theta: float = 0.9) -> Recipe:
 def cr_sam(rho: float | Schedule = 0.1, gamma: float = 0.1, beta: float = 0.1) -> Recipe:
     """Curvature-regularized SAM: ``d = g+ + gamma (g+ + g- - 2 g) + beta (g+ - g-)``.
 
-    The gradients are those at ``w``, ``w + e`` and ``w - e``, ``e = rho g / ||g||``. The curvature term is of the order of rho^2, so under
-    half-precision autocast it is mostly rounding noise.
+    The gradients are those at ``w``, ``w + e`` and ``w - e``, ``e = rho g / ||g||``. The curvature term is of
+    the order of rho^2, so under half-precision autocast it is mostly rounding noise.
 
     Args:
         rho: radius (default 0.1, TrustAIoT/CR-SAM).
@@ -820,8 +821,9 @@ def msam(rho: float | Schedule = 0.3, decay: Literal["outside", "inside"] = "out
         1
 
     Source: Becker, Altrock, Risse, "Momentum-SAM: Sharpness Aware Minimization without Computational
-    Overhead", 2024, arXiv 2401.12033. There weights stay perturbed between steps, so that evaluation and checkpoints
-    must move them back, and a change of rho moves them for good; ours are perturbed inside of a step only.
+    Overhead", 2024, arXiv 2401.12033. There weights stay perturbed between steps, so that evaluation and
+    checkpoints must move them back, and a change of rho moves them for good; ours are perturbed inside of a
+    step only.
     """
     return Recipe(direction=Momentum(), rho=rho, eps=1e-12, decay=decay)
 

@@ -56,7 +56,10 @@ class Steps:
     _abandon: Callable[[], None]
     zero_grad: Callable[..., None]
     closure_kwargs: Callable[[int], dict[str, Any]]
-    is_due: bool
+
+    @property
+    def is_due(self) -> bool:
+        raise NotImplementedError
 
     # ---- all gradients of a step ---------------------------------------------------------------
 

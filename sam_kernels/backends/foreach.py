@@ -364,7 +364,7 @@ def _combine_each_(
     """The same with coefficients of every tensor's own; nothing waits for them."""
     for t, rows in enumerate(coefficients.unbind()):
         xs = [None if column[t] is None else reference.opmath(column[t]) for column in lists]  # type: ignore[arg-type]
-        sums = []
+        sums: list[Tensor | None] = []
         for out, row in zip(outs, rows, strict=True):
             if out[t] is None:
                 sums.append(None)

@@ -20,6 +20,16 @@ class Cadence:
         """Whether step number `step` (from 0) perturbs, or may where `needs_norm`."""
         return True
 
+    def decide(self, q: float, step: int, mean: float, variance: float) -> tuple[bool, float, float]:
+        """Where `needs_norm`: whether the step perturbs, and two numbers to go by in the next one.
+
+        Args:
+            q: ``||g||^2`` of all gradients.
+            step: its number.
+            mean, variance: what the step before returned, at first 0.
+        """
+        return self.is_due(step), mean, variance
+
 
 @dataclass(frozen=True)
 class EveryStep(Cadence):
