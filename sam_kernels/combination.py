@@ -55,7 +55,8 @@ def combine(served: Served, rule: Combine, held: Held, slots: Slots, guard: Tens
     last = [group.grads for group, _ in served]
     lists = [[*(probe[i] for probe in held), own] for i, own in enumerate(last)]
     per_tensor = isinstance(rule, ReuseOrthogonal) and rule.scope == "tensor"
-    dots = _dots(served, lists, per_tensor) if rule.needs_dots else [None] * len(served)
+    leading = [own[: rule.dotted] for own in lists]
+    dots = _dots(served, leading, per_tensor) if rule.dotted else [None] * len(served)
     safe = _is_safe(served, guard, dots)
     scalars = _scalars(rule, slots, served[0][0].device)
     if isinstance(rule, ReuseOrthogonal):

@@ -31,7 +31,10 @@ def step(opt: SAM, closure: Closure, probe: Lookbehind) -> Any:
     opt._ascend()
     served = opt._groups()
     with torch.no_grad():
-        base = [_copies(group, backend, group.snapshots) for group, backend in served]
+        base = [
+            _copies(group, backend, group.snapshots, group.kept_like(group.snapshots))
+            for group, backend in served
+        ]
     with nullcontext() if opt.model is None else frozen(opt.model):
         first: Lists = []
         for number in range(probe.k):
@@ -40,7 +43,7 @@ def step(opt: SAM, closure: Closure, probe: Lookbehind) -> Any:
                 _step_base(opt, served, base)
                 if number == 0 and probe.alpha is None:
                     first = [
-                        _copies(group, backend, own)
+                        _copies(group, backend, own, _second_buffers(group))
                         for (group, backend), own in zip(served, base, strict=True)
                     ]
             if number + 1 < probe.k:
@@ -91,8 +94,16 @@ def _perturbed(group: Any) -> list[Any]:
     return [None if s is None else p for p, s in zip(group.params, group.snapshots, strict=True)]
 
 
-def _copies(group: Any, backend: Any, tensors: list[Tensor | None]) -> list[Tensor | None]:
-    copies = [None if x is None else torch.empty_like(x) for x in tensors]
+def _copies(group: Any, backend: Any, tensors: list[Tensor | None], outs: list[Tensor | None]) -> list[Any]:
     one = torch.ones(1, 1, dtype=torch.float64, device=group.device)
-    backend.combine_(group, [copies], [tensors], one)
-    return copies
+    backend.combine_(group, [outs], [tensors], one)
+    return outs
+
+
+def _second_buffers(group: Any) -> list[Tensor | None]:
+    """For the base's first point; allocated once."""
+    made = group.cache.setdefault("lookbehind", [None] * len(group.params))
+    for t, snapshot in enumerate(group.snapshots):
+        if snapshot is not None and made[t] is None:
+            made[t] = torch.empty_like(group.params[t], requires_grad=False)
+    return [None if s is None else x for s, x in zip(group.snapshots, made, strict=True)]

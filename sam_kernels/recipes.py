@@ -114,6 +114,22 @@ def get(name: str, **kwargs: Any) -> Recipe:
     return function(**kwargs)
 
 
+def table() -> str:
+    """What every recipe costs with its defaults around SGD-momentum, counted in a few small steps; print it.
+
+    Gradients per step, launches and bytes moved per fp32 parameter with the base's update (20 bytes by
+    itself), and bytes kept per fp32 parameter beyond parameters, gradients and the base's state. Two numbers
+    are those of a step that perturbs and of one that does not.
+
+    Example:
+        >>> "friendly_sam" in table()
+        True
+    """
+    from .costs import table as costs_table  # which takes steps, and so imports the optimizer
+
+    return costs_table({name: _CATALOGUE[name] for name in names()})
+
+
 @_recipe
 def sam(
     rho: float | Schedule = 0.05, p: float = 2, decay: Literal["outside", "inside"] = "outside"
@@ -943,4 +959,4 @@ def lookbehind_sam(rho: float | Schedule = 0.05, k: int = 2, alpha: float | None
     return Recipe(probe=Lookbehind(k=k, alpha=alpha), rho=rho, eps=1e-16)
 
 
-__all__ = [*sorted(_CATALOGUE), "get", "names"]  # noqa: PLE0604
+__all__ = [*sorted(_CATALOGUE), "get", "names", "table"]  # noqa: PLE0604

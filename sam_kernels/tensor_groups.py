@@ -280,6 +280,15 @@ class TensorGroup:
             buffer = self._kept[t] = torch.empty_like(self.params[t], requires_grad=False)
         return buffer
 
+    def kept_like(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
+        """Buffers that outlive a backward pass, for the tensors that are there."""
+        return [None if x is None else self.scratch_gradient(t) for t, x in enumerate(tensors)]
+
+    def buffer_bytes(self) -> int:
+        """Memory of what the group has allocated beside parameters: snapshots and scratch."""
+        lists = (self._buffers, self._scratch, self._kept, self.cache.get("lookbehind", ()))
+        return sum(x.numel() * x.element_size() for own in lists for x in own if x is not None)
+
     def scratch_snapshot(self, t: int, snapshot: Tensor) -> Tensor:
         """A buffer like the snapshot of tensor t, which may be compact."""
         if not self.is_compact(t):

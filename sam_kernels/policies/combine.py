@@ -28,11 +28,11 @@ class Combine:
     Attributes:
         gradients: the probes' gradients that it reads: 1 for the last, 2 for the first and the last, 3 for
             all of a `Mirrored` probe.
-        needs_dots: whether it reads their dots.
+        dotted: of how many of these, from the first, it reads the dots.
     """
 
     gradients = 1
-    needs_dots = False
+    dotted = 0
 
     def first_scalars(self) -> dict[str, float]:
         """Numbers that last from step to step, as they are before the first."""
@@ -42,7 +42,7 @@ class Combine:
         """The coefficient of each gradient, in the order of the probes.
 
         Args:
-            dots: ``dots[i][j]``, float64, the dot of gradients i and j; None unless `needs_dots`.
+            dots: ``dots[i][j]``, float64, the dot of gradients i and j; i, j < `dotted`.
             scalars: see `first_scalars`.
         """
         raise NotImplementedError
@@ -88,8 +88,8 @@ class Mix(Combine):
         check_flag(self, "normalize", self.normalize)
 
     @property
-    def needs_dots(self) -> bool:  # type: ignore[override]
-        return self.normalize
+    def dotted(self) -> int:  # type: ignore[override]
+        return 1 if self.normalize else 0
 
     def weights(self, dots: Any, scalars: Scalars) -> tuple[Any, ...]:
         if not self.normalize:
@@ -141,8 +141,8 @@ class SurrogateGap(Combine):
         ValueError: if alpha is not finite.
 
     Example:
-        >>> SurrogateGap(alpha=0.6).needs_dots
-        True
+        >>> SurrogateGap(alpha=0.6).dotted
+        2
 
     Source: Zhuang et al., ICLR 2022, arXiv 2203.08065.
     """
@@ -151,7 +151,7 @@ class SurrogateGap(Combine):
     minimize_fp: bool = True
 
     gradients = 2
-    needs_dots = True
+    dotted = 2
 
     def __post_init__(self) -> None:
         check_number(self, "alpha", self.alpha)
@@ -221,7 +221,7 @@ class ReuseOrthogonal(Combine):
     scope: Literal["global", "tensor"] = "global"
 
     gradients = 2
-    needs_dots = True
+    dotted = 2
 
     # Added to ||v||, which is 0 where the gradient is an eigenvector of the curvature.
     _FLOOR = 1e-12
@@ -277,7 +277,7 @@ class AdaptiveRatio(Combine):
     weighting: Literal["blend", "add"] = "blend"
 
     gradients = 2
-    needs_dots = True
+    dotted = 1
 
     def __post_init__(self) -> None:
         for name in ("lambda_0", "chi_up", "chi_down", "up", "down", "smallest", "largest"):
