@@ -28,10 +28,11 @@ Held = list[Lists]
 """By probe, then by group."""
 
 
-def hold(served: Served, by_copy: bool) -> Lists:
+def hold(served: Served, by_copy: bool, number: int = 0) -> Lists:
     """The present gradients, kept while the next ones are computed.
 
     Args:
+        number: how many are held already.
         by_copy: where what computes those may write where these lie.
     """
     held = []
@@ -40,7 +41,7 @@ def hold(served: Served, by_copy: bool) -> Lists:
         for t, g in enumerate(own):
             # The views of a bucket, as DDP makes them, are written again by the next backward pass.
             if g is not None and g is group.params[t].grad and (by_copy or g._is_view()):
-                own[t] = group.scratch_gradient(t).copy_(g)
+                own[t] = group.scratch_gradient(t, number).copy_(g)
         held.append(own)
     return held
 

@@ -43,7 +43,7 @@ def step(opt: SAM, closure: Closure, probe: Lookbehind) -> Any:
                 _step_base(opt, served, base)
                 if number == 0 and probe.alpha is None:
                     first = [
-                        _copies(group, backend, own, _second_buffers(group))
+                        _copies(group, backend, own, group.kept_like(group.snapshots, 1))
                         for (group, backend), own in zip(served, base, strict=True)
                     ]
             if number + 1 < probe.k:
@@ -98,12 +98,3 @@ def _copies(group: Any, backend: Any, tensors: list[Tensor | None], outs: list[T
     one = torch.ones(1, 1, dtype=torch.float64, device=group.device)
     backend.combine_(group, [outs], [tensors], one)
     return outs
-
-
-def _second_buffers(group: Any) -> list[Tensor | None]:
-    """For the base's first point; allocated once."""
-    made = group.cache.setdefault("lookbehind", [None] * len(group.params))
-    for t, snapshot in enumerate(group.snapshots):
-        if snapshot is not None and made[t] is None:
-            made[t] = torch.empty_like(group.params[t], requires_grad=False)
-    return [None if s is None else x for s, x in zip(group.snapshots, made, strict=True)]

@@ -31,6 +31,9 @@ from .slots import Slots
 
 Closure = Callable[..., Any]
 
+# Numbers of the buffers for gradients that are added up, beyond those of the probes.
+_OF_MICRO_BATCHES = 2
+
 
 class Steps:
     """Base of `SAM`: the passes of a step up to the descent."""
@@ -109,7 +112,7 @@ class Steps:
             served = self._groups()
             for group, _ in served:
                 group.read_gradients()
-            grads = combination.hold(served, by_copy=False)
+            grads = combination.hold(served, by_copy=False, number=_OF_MICRO_BATCHES + (total is not None))
             self.zero_grad()
             total = grads if total is None else combination.add(served, total, grads)
             for group, _ in served:
@@ -280,7 +283,7 @@ class Steps:
     def _hold(self, by_copy: bool = False) -> None:
         """Keep the present gradients for the combination, and let the next ones have memory of their own."""
         served = self._read_gradients()
-        self._held.append(combination.hold(served, by_copy))
+        self._held.append(combination.hold(served, by_copy, len(self._held)))
         self._held_of = served
 
     def _combine_gradients(self) -> None:

@@ -104,7 +104,7 @@ class TensorGroup:
         self._applies_tensor: Tensor | None = None
         self._buffers: list[Tensor | None] = [None] * len(params)
         self._row_index: Tensor | None = None
-        self._kept: list[Tensor | None] = [None] * len(params)
+        self._kept: dict[tuple[int, int], Tensor] = {}
         self._scratch: list[Tensor | None] = [None] * len(params)
         self.standing_snapshots: list[Tensor | None] | None = None
         self.rows: list[tuple[float, ...]] = []  # the numbers that were last written into the table
@@ -273,20 +273,20 @@ class TensorGroup:
         """Buffers for the tensors that are there."""
         return [None if x is None else self.scratch(t) for t, x in enumerate(tensors)]
 
-    def scratch_gradient(self, t: int) -> Tensor:
-        """A buffer for a gradient of parameter t that outlives the next backward pass."""
-        buffer = self._kept[t]
+    def scratch_gradient(self, t: int, number: int = 0) -> Tensor:
+        """A buffer for a gradient of parameter t that outlives the next backward pass; there are several."""
+        buffer = self._kept.get((number, t))
         if buffer is None:
-            buffer = self._kept[t] = torch.empty_like(self.params[t], requires_grad=False)
+            buffer = self._kept[number, t] = torch.empty_like(self.params[t], requires_grad=False)
         return buffer
 
-    def kept_like(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
+    def kept_like(self, tensors: list[Tensor | None], number: int = 0) -> list[Tensor | None]:
         """Buffers that outlive a backward pass, for the tensors that are there."""
-        return [None if x is None else self.scratch_gradient(t) for t, x in enumerate(tensors)]
+        return [None if x is None else self.scratch_gradient(t, number) for t, x in enumerate(tensors)]
 
     def buffer_bytes(self) -> int:
         """Memory of what the group has allocated beside parameters: snapshots and scratch."""
-        lists = (self._buffers, self._scratch, self._kept, self.cache.get("lookbehind", ()))
+        lists = (self._buffers, self._scratch, list(self._kept.values()))
         return sum(x.numel() * x.element_size() for own in lists for x in own if x is not None)
 
     def scratch_snapshot(self, t: int, snapshot: Tensor) -> Tensor:
