@@ -46,6 +46,24 @@ def hold(served: Served, by_copy: bool, number: int = 0) -> Lists:
     return held
 
 
+def check_apart(served: Served, held: Held) -> None:
+    """Raise a sentence where a later gradient was written over one that is held.
+
+    Raises:
+        RuntimeError: naming what to do; the held gradient is lost.
+    """
+    for i, (group, _) in enumerate(served):
+        present = [0 if g is None else g.data_ptr() for g in group.grads]
+        for probe in held:
+            before = [1 if g is None else g.data_ptr() for g in probe[i]]
+            if any(a == b for a, b in zip(present, before, strict=True) if a):
+                raise RuntimeError(
+                    "step(): the closure wrote its gradients of two passes into the same memory, and this recipe "
+                    "needs both; let zero_grad() drop gradients (set_to_none=True) in place of clearing them, or "
+                    "set opt.copies_gradients = True. The weights are restored and no step was taken"
+                )
+
+
 def combine(served: Served, rule: Combine, held: Held, slots: Slots, guard: Tensor | None) -> None:
     """Write the combined gradient over the last one, everywhere; the groups have read those.
 
@@ -250,3 +268,10 @@ def add_decay(served: Served, param_groups: list[dict[str, Any]]) -> None:
         backend.combine_(group, [group.grads], [group.grads, list(group.params)], rows)
         write_back(group, group.grads)
         group.drop_gradients()
+
+
+def scale(served: Served, factor: Tensor) -> None:
+    """``g *= factor``; the groups have read g."""
+    for group, backend in served:
+        backend.combine_(group, [group.grads], [group.grads], factor.to(group.device).view(1, 1))
+        write_back(group, group.grads)

@@ -67,6 +67,16 @@ def check_decay(recipe: Recipe, base: Optimizer) -> None:
         )
 
 
+def check_max_norm(max_grad_norm: Any) -> float | None:
+    """The bound as it is; a sentence unless it is a positive number or None."""
+    is_number = isinstance(max_grad_norm, int | float) and not isinstance(max_grad_norm, bool)
+    if max_grad_norm is None or (is_number and 0 < max_grad_norm < float("inf")):
+        return max_grad_norm
+    raise ValueError(
+        f"SAM: max_grad_norm is {max_grad_norm!r}; expected a positive number, or None for no clipping"
+    )
+
+
 def build_base(params: Any, base_optimizer: Any, base_kwargs: dict[str, Any]) -> Optimizer:
     """The base optimizer: the instance given, or one built from the class."""
     if isinstance(base_optimizer, Optimizer):

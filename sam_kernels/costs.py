@@ -104,7 +104,7 @@ def cost(recipe: Recipe, base: Any = torch.optim.SGD, **base_kwargs: Any) -> tup
         served = [(group, Counting(_plain(backend), total)) for group, backend in opt._groups()]
         opt._served = served  # type: ignore[assignment]
         taken["gradients"] = 0
-        opt.step(closure, **({"ahead": closure} if needs_ahead else {}))
+        opt.step(closure, ahead=closure if needs_ahead else None)
         step = Cost(gradients=taken["gradients"])
         for group, counting in served:
             for name, count in counting.cost.passes.items():
@@ -122,7 +122,7 @@ def cost(recipe: Recipe, base: Any = torch.optim.SGD, **base_kwargs: Any) -> tup
 def table(recipes: dict[str, Callable[[], Recipe]]) -> Report:
     """Lines of costs with SGD-momentum, one for each recipe; see `sam_kernels.recipes.table`."""
     head = ("recipe", "gradients", "launches", "bytes moved", "bytes kept")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for name, function in recipes.items():
         perturbs, other = cost(function())
         cells = [

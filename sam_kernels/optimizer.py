@@ -14,6 +14,7 @@ from . import anticipated, combination, lookbehind, ops, perturbation, state
 from .construction import (
     build_base,
     check_decay,
+    check_max_norm,
     check_model,
     choose_recipe,
     member_lookup,
@@ -67,6 +68,8 @@ class SAM(Steps, MaskUpdates, Optimizer):
         model: the module the parameters belong to. Gives recipes names and layers, and lets
             ``step(closure)`` freeze normalization statistics in every pass but the first.
         allow_plain_step: let ``step()`` with nothing pending be a step of the base optimizer alone.
+        max_grad_norm: scale the gradient that the base gets, after all gradients of the step are combined, to
+            at most this norm over all parameters, as `torch.nn.utils.clip_grad_norm_` does; None for not.
         **base_kwargs: for the base optimizer's class, e.g. lr, momentum, weight_decay.
 
     Raises:
@@ -102,6 +105,7 @@ class SAM(Steps, MaskUpdates, Optimizer):
         backend: str = "auto",
         model: nn.Module | None = None,
         allow_plain_step: bool = False,
+        max_grad_norm: float | None = None,
         **base_kwargs: Any,
     ) -> None:
         chosen = choose_recipe(recipe, rho, adaptive)
@@ -114,6 +118,7 @@ class SAM(Steps, MaskUpdates, Optimizer):
         self.backend = backend
         self.model = model
         self.allow_plain_step = allow_plain_step
+        self.max_grad_norm = check_max_norm(max_grad_norm)
         self._phase = _IDLE
         self._served: Served | None = None
         self._graphs_hold: list[Any] = []
@@ -122,6 +127,7 @@ class SAM(Steps, MaskUpdates, Optimizer):
         self._held: combination.Held = []
         self._held_of: Served = []
         self._micro_batch = 0
+        self.copies_gradients = False
         self._keeps_gradients = False  # zero_grad does nothing
         self._slots = Slots()
         self._masks = Masks()
@@ -583,7 +589,10 @@ class SAM(Steps, MaskUpdates, Optimizer):
                 self._combine_gradients()
                 if self._phase in (_IDLE, _NOT_DUE) and not self.is_due:
                     self._reuse_gradients()
-            self._update(guard)
+                clip = self._clip()
+            else:
+                clip = None
+            self._update(guard, clip)
             if add_decoupled is not None:
                 add_decoupled()
         except BaseException:
@@ -591,14 +600,16 @@ class SAM(Steps, MaskUpdates, Optimizer):
             raise
         self._complete(is_lost)
 
-    def _update(self, guard: Tensor | None) -> None:
-        """Restore the weights, and let the base step with the present gradients."""
+    def _update(self, guard: Tensor | None, clip: Tensor | None = None) -> None:
+        """Restore the weights, and let the base step with the present gradients times `clip`."""
         rule, _ = state.fused_rule(self.base_optimizer)
         if rule is not None:
-            self._descend_fused(rule, guard)
+            self._descend_fused(rule, guard, clip)
             self._restore()  # what was skipped
             return
         self._restore()
+        if clip is not None:
+            combination.scale(self._read_gradients(), clip)
         if guard is not None and not bool(torch.isfinite(guard)):
             return
         decays = [group.get("weight_decay") for group in self.param_groups]
@@ -619,7 +630,7 @@ class SAM(Steps, MaskUpdates, Optimizer):
         try:
             for group, _ in served:
                 group.snapshots, group.is_perturbed = [None] * len(group.params), False
-            self._update(guard)
+            self._update(guard, self._clip())
         finally:
             for group, snapshots in kept:
                 group.snapshots, group.is_perturbed = snapshots, True
@@ -635,10 +646,23 @@ class SAM(Steps, MaskUpdates, Optimizer):
         for group in self.param_groups:
             group["sam_step"] += 1
 
-    def _descend_fused(self, rule: str, guard: Tensor | None) -> None:
+    def _clip(self) -> Tensor | None:
+        """``min(1, max_grad_norm / (||d|| + 1e-6))``, float64 on the device; None without a bound."""
+        served = self._groups()
+        if self.max_grad_norm is None or not served:
+            return None
+        for group, _ in served:
+            group.read_gradients()
+        norm = perturbation.squares(served).sqrt()
+        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+
+    def _descend_fused(self, rule: str, guard: Tensor | None, clip: Tensor | None = None) -> None:
         served = self._groups()
         for group, _ in served:
             group.read_gradients()
+        if clip is not None:
+            # The factor of the fused update is a float32, too short for these.
+            combination.scale([(g, b) for g, b in served if g.dtype == torch.float64], clip)
         self._write_tables(served)
         guards = [None if guard is None else guard.to(group.device) for group, _ in served]
         # The state of all groups is there, and fits, before the first of them moves.
@@ -655,7 +679,10 @@ class SAM(Steps, MaskUpdates, Optimizer):
         for (group, backend), slots, on_device in zip(served, lists, guards, strict=True):
             if slots is None:
                 continue  # skipped before any state was made; the caller restores
-            backend.descend_(group, rule, slots, guard=on_device)  # type: ignore[arg-type]
+            factor = None
+            if clip is not None and group.dtype != torch.float64:
+                factor = clip.to(group.device, torch.float32)
+            backend.descend_(group, rule, slots, guard=on_device, inv_scale=factor)  # type: ignore[arg-type]
             perturbation.forget(group)
             state.adopt(self.base_optimizer, group, slots)
         for group, _ in served:

@@ -47,6 +47,7 @@ class Steps:
     _held: Held
     _held_of: Served  # the groups whose gradients are held
     _micro_batch: int
+    copies_gradients: bool
     _groups: Callable[[], Served]
     _write_tables: Callable[[Served], None]
     _begin_masks: Callable[[Served], None]
@@ -283,6 +284,7 @@ class Steps:
     def _hold(self, by_copy: bool = False) -> None:
         """Keep the present gradients for the combination, and let the next ones have memory of their own."""
         served = self._read_gradients()
+        by_copy = by_copy or self.copies_gradients
         self._held.append(combination.hold(served, by_copy, len(self._held)))
         self._held_of = served
 
@@ -293,6 +295,7 @@ class Steps:
         served, guard = self._held_of, None if self._measure is None else self._measure.norm
         for group, _ in served:
             group.read_gradients()
+        combination.check_apart(served, self._held)
         combination.combine(served, self.recipe.combine, self._held, self._slots, guard)
         self._forget_held()
 
@@ -309,6 +312,7 @@ class Steps:
         served, guard = self._held_of, None if self._measure is None else self._measure.norm
         for group, _ in served:
             group.read_gradients()
+        combination.check_apart(served, self._held)
         first = self._held[0]
         last = combination.swap_first(served, first)
         signs = [-1.0 if group.get("maximize", False) else 1.0 for group in self.param_groups]
