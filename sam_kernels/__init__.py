@@ -1,14 +1,14 @@
 """sam_kernels: sharpness-aware minimization with fused kernels.
 
     recipes -> recipe -> policies          descriptions; no torch operator
-    optimizer -> perturbation, state, tensor_groups
+    optimizer -> steps, mask_updates -> perturbation, state, tensor_groups
     perturbation, state, ops -> backends   reference | foreach | native
     native -> csrc                         C++, no torch at build time
 
 Importing this package compiles nothing and initialises no device.
 """
 
-from . import backends, ops, policies, recipes, running_stats, sampling
+from . import backends, ops, policies, recipes, running_stats, sampling, schedules, trajectory
 from ._version import __version__
 from .optimizer import SAM
 from .recipe import Recipe
@@ -23,4 +23,6 @@ __all__ = [
     "recipes",
     "running_stats",
     "sampling",
+    "schedules",
+    "trajectory",
 ]

@@ -58,9 +58,10 @@ def check_apart(served: Served, held: Held) -> None:
             before = [1 if g is None else g.data_ptr() for g in probe[i]]
             if any(a == b for a, b in zip(present, before, strict=True) if a):
                 raise RuntimeError(
-                    "step(): the closure wrote its gradients of two passes into the same memory, and this recipe "
-                    "needs both; let zero_grad() drop gradients (set_to_none=True) in place of clearing them, or "
-                    "set opt.copies_gradients = True. The weights are restored and no step was taken"
+                    "step(): the closure wrote its gradients of two passes into the same memory, and this "
+                    "recipe needs both; let zero_grad() drop gradients (set_to_none=True) in place of "
+                    "clearing them, or set opt.copies_gradients = True. The weights are restored and no "
+                    "step was taken"
                 )
 
 

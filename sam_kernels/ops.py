@@ -140,15 +140,19 @@ def restore_(
     resolve(group, backend)[0].restore_(group)
 
 
-def grad_stats(lists: Sequence[Sequence[Tensor]], *, backend: str = "auto") -> Tensor:
+def grad_stats(
+    lists: Sequence[Sequence[Tensor]], *, per_tensor: bool = False, backend: str = "auto"
+) -> Tensor:
     """All dots of up to three lists in one read.
 
     Args:
         lists: one to three parallel lists.
+        per_tensor: dots of every tensor by itself.
         backend: "auto" or a backend's name.
 
     Returns:
-        float64 [k (k + 1) / 2]: the upper triangle row by row (00 01 02 11 12 22).
+        float64 [k (k + 1) / 2]: the upper triangle row by row (00 01 02 11 12 22); with `per_tensor` a row
+        for every tensor.
 
     Raises:
         ValueError: if there are no or more than three lists, or they do not fit each other.
@@ -160,7 +164,8 @@ def grad_stats(lists: Sequence[Sequence[Tensor]], *, backend: str = "auto") -> T
     _check_count("grad_stats", "lists", lists, 3)
     named = {f"lists[{i}]": item for i, item in enumerate(lists)}
     group = _group("grad_stats", lists[0], named, reads_table=False)
-    return resolve(group, backend)[0].grad_stats(group, [list(item) for item in lists])
+    chosen = resolve(group, backend)[0]
+    return chosen.grad_stats(group, [list(item) for item in lists], per_tensor=per_tensor)
 
 
 def combine_(
@@ -175,7 +180,8 @@ def combine_(
     Args:
         outs: one or two lists, written; each may be one of the inputs.
         lists: one to three parallel lists.
-        coefficients: float64 [len(outs), len(lists)] on the same device; a 0 never reads its list.
+        coefficients: float64 [len(outs), len(lists)] on the same device, or [tensors, len(outs), len(lists)]
+            for every tensor by itself; a 0 never reads its list.
         backend: "auto" or a backend's name.
 
     Raises:
@@ -193,14 +199,45 @@ def combine_(
     named |= {f"outs[{i}]": item for i, item in enumerate(outs)}
     group = _group("combine_", lists[0], named, reads_table=False)
     expected = (len(outs), len(lists))
-    if tuple(coefficients.shape) != expected or coefficients.dtype != torch.float64:
+    shapes = (expected, (len(group.params), *expected))
+    if tuple(coefficients.shape) not in shapes or coefficients.dtype != torch.float64:
         raise ValueError(
             f"combine_: coefficients is {coefficients.dtype} {tuple(coefficients.shape)}; "
-            f"expected torch.float64 {expected}, one row per output"
+            f"expected torch.float64 {expected}, one row per output, or a block of them for every tensor"
         )
     resolve(group, backend)[0].combine_(
         group, [list(item) for item in outs], [list(item) for item in lists], coefficients.to(group.device)
     )
+
+
+def noise_(outs: Sequence[Tensor], seed: int, step: int = 0, *, backend: str = "auto") -> None:
+    """``out ~ N(0, 1)``: the same bits for the same seed, step, place in the list and element, on any device.
+
+    Args:
+        outs: floating-point tensors of one device and dtype, written; drawn in float32, then rounded.
+        seed: from 0 to 2^63 - 1.
+        step: from 0 to 2^32 - 1; a number of its own for each draw.
+        backend: "auto" or a backend's name.
+
+    Raises:
+        ValueError: if the list is empty, or a number is out of its range.
+
+    Example:
+        >>> a, b = torch.empty(3), torch.empty(3)
+        >>> noise_([a], seed=1)
+        >>> noise_([b], seed=1)
+        >>> torch.equal(a, b)
+        True
+
+    Source: Salmon et al., SC 2011 (Philox4x32-10); Box and Muller 1958.
+    """
+    if not (0 <= seed < 1 << 63 and 0 <= step < 1 << 32):
+        raise ValueError(
+            f"noise_: seed is {seed!r} and step {step!r}; expected seed from 0 to 2^63 - 1 and step from 0 "
+            "to 2^32 - 1"
+        )
+    group = _group("noise_", outs, {}, reads_table=False)
+    resolve(group, backend)[0].noise_(group, list(outs), seed, step, list(range(len(group.params))))
 
 
 def descend_sgd_(
@@ -443,6 +480,7 @@ __all__ = [
     "descend_adam_",
     "descend_sgd_",
     "grad_stats",
+    "noise_",
     "perturb_",
     "resolve",
     "restore_",
@@ -461,6 +499,7 @@ _SCHEMAS = {
     "restore_": "(Tensor(a!)[] params, Tensor[] snapshots) -> ()",
     "grad_stats": "(Tensor[] a, Tensor[] b, Tensor[] c) -> Tensor",
     "combine_": "(Tensor(a!)[] out, Tensor[] a, Tensor[] b, Tensor[] c, Tensor coefficients) -> ()",
+    "noise_": "(Tensor(a!)[] outs, int seed, int step=0) -> ()",
     "descend_sgd_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor[] snapshots, Tensor(b!)[] momentum_buffers, float lr, "
         "float momentum=0.0, float dampening=0.0, float weight_decay=0.0, bool nesterov=False, "
@@ -492,6 +531,10 @@ def _run_grad_stats(a, b, c):  # type: ignore[no-untyped-def]
 
 def _run_combine_(out, a, b, c, coefficients):  # type: ignore[no-untyped-def]
     combine_([out], [item for item in (a, b, c) if item], coefficients)
+
+
+def _run_noise_(outs, seed, step=0):  # type: ignore[no-untyped-def]
+    noise_(outs, seed, step)
 
 
 def _run_descend_sgd_(params, grads, snapshots, momentum_buffers, lr, *rest):  # type: ignore[no-untyped-def]

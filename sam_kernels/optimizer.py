@@ -72,6 +72,10 @@ class SAM(Steps, MaskUpdates, Optimizer):
             at most this norm over all parameters, as `torch.nn.utils.clip_grad_norm_` does; None for not.
         **base_kwargs: for the base optimizer's class, e.g. lr, momentum, weight_decay.
 
+    Attributes:
+        copies_gradients: set it to True where the gradients of two passes may lie in the same memory, as
+            static buffers do; recipes that need both then copy the first (4 bytes per fp32 parameter).
+
     Raises:
         ValueError: for a negative rho, an unknown recipe or backend, complex or sparse parameters.
         TypeError: for arguments that contradict each other.

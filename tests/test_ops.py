@@ -44,10 +44,11 @@ def operator_calls():
         (o.combine_, (w, g, s, [], coefficients), {}),
         (o.descend_sgd_, (w, g, s, m, 0.1, 0.9), {}),
         (o.descend_adam_, (w, g, s, m, v, steps, 0.1), {}),
+        (o.noise_, (w, 5, 3), {}),
     ]
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(9))
 def test_operators_pass_opcheck(index):
     operator, args, kwargs = operator_calls()[index]
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
