@@ -41,7 +41,7 @@ class Column(IntEnum):
 COLUMNS = 16
 
 # `enum samk_metric`
-FIXED, EUCLIDEAN, ADAPTIVE = 0, 1, 2
+FIXED, EUCLIDEAN, ADAPTIVE, FISHER = 0, 1, 2, 3
 
 _get_dtype = operator.attrgetter("dtype")
 

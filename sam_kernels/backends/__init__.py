@@ -61,7 +61,8 @@ class Backend(Protocol):
     ) -> None:
         """``snapshot = w; w += rho / (norm + eps) * tensor_scale * T h(T g)`` where there is a snapshot.
 
-        Elements that ``group.masks`` does not select keep their bits. Of 64 elements whose word is 0 nothing
+        A gradient may be its own tensor's snapshot: it is read before that is written. Elements that
+        ``group.masks`` does not select keep their bits. Of 64 elements whose word is 0 nothing
         need be read or written, the snapshot included; `restore_` and `descend_` do not read it there.
         """
         ...
@@ -70,8 +71,10 @@ class Backend(Protocol):
         """``w = snapshot`` where there is one."""
         ...
 
-    def grad_stats(self, group: TensorGroup, lists: list[list[Tensor | None]]) -> Tensor:
-        """Dots of up to three lists, upper triangle row by row."""
+    def grad_stats(
+        self, group: TensorGroup, lists: list[list[Tensor | None]], *, per_tensor: bool = False
+    ) -> Tensor:
+        """Dots of up to three lists, upper triangle row by row; with `per_tensor` a row for every tensor."""
         ...
 
     def combine_(
@@ -81,7 +84,23 @@ class Backend(Protocol):
         lists: list[list[Tensor | None]],
         coefficients: Tensor,
     ) -> None:
-        """``out[i] = sum_j coefficients[i, j] * lists[j]``."""
+        """``out[i] = sum_j coefficients[i, j] * lists[j]``.
+
+        Args:
+            coefficients: float64 [outs, lists], or [count, outs, lists] with those of every tensor.
+        """
+        ...
+
+    def noise_(
+        self, group: TensorGroup, outs: list[Tensor | None], seed: int, step: int, numbers: list[int]
+    ) -> None:
+        """``out[i]``: standard normal numbers by counter; see note [the same normal numbers everywhere].
+
+        Args:
+            outs: written in the order of memory; calculated in float32, then rounded to the list's dtype.
+            seed, step: the key and part of the counter.
+            numbers: per tensor, its place among all parameters of the optimizer.
+        """
         ...
 
     def descend_(

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..tensor_groups import ADAPTIVE, FIXED, Column, TensorGroup
-from . import reference, torch_selection
+from ..tensor_groups import ADAPTIVE, FISHER, FIXED, Column, TensorGroup
+from . import reference, torch_random, torch_selection
 
 Tensors = list[Tensor]
 Row = list[float]
@@ -64,7 +65,8 @@ class Foreach:
             if row[Column.METRIC] == FIXED or not members:
                 continue
             w = _pick(group.params, members)
-            u = w if of == "weight" else _times(_metric_weights(w, row), _pick(group.grads, members))
+            g = _pick(group.grads, members)
+            u = w if of == "weight" else _times(_metric_weights(w, g, row), g)
             if moment == "power":
                 u = _ratios(u, peak, q)
             if masked:
@@ -112,10 +114,12 @@ class Foreach:
             group, lambda t: group.snapshots[t] is not None and group.grads[t] is not None
         ):
             w, snapshots = _pick(group.params, members), _pick(group.snapshots, members)
+            g = _pick(group.grads, members)
+            if any(map(is_, g, snapshots)):
+                g = list(many._foreach_clone(g))
             many._foreach_copy_(snapshots, w)
             if finite is False:
                 continue
-            g = _pick(group.grads, members)
             dtype = _wide_dtype(group.dtype)
             if tensor_scale is None:
                 scale = _known(reference.ascent_scale(norm, row, shape, dtype))
@@ -139,8 +143,13 @@ class Foreach:
     accumulate_squares_ = staticmethod(torch_selection.accumulate_squares_)
     count_ranks = staticmethod(torch_selection.count_ranks)
     mark_ = staticmethod(torch_selection.mark_)
+    noise_ = staticmethod(torch_random.noise_)
 
-    def grad_stats(self, group: TensorGroup, lists: list[list[Tensor | None]]) -> Tensor:
+    def grad_stats(
+        self, group: TensorGroup, lists: list[list[Tensor | None]], *, per_tensor: bool = False
+    ) -> Tensor:
+        if per_tensor:
+            return reference.BACKEND.grad_stats(group, lists, per_tensor=True)
         dots = []
         for i, xs in enumerate(lists):
             for ys in lists[i:]:
@@ -162,6 +171,8 @@ class Foreach:
         lists: list[list[Tensor | None]],
         coefficients: Tensor,
     ) -> None:
+        if coefficients.dim() == 3:
+            return _combine_each_(outs, lists, coefficients)
         weights = [_factors(row) for row in coefficients.unbind()]
         # Tensors missing from the same lists share their operators.
         patterns: dict[tuple[bool, ...], list[int]] = {}
@@ -219,8 +230,15 @@ class Foreach:
 # ---- formulas, on the tensors of one row -----------------------------------------------------------
 
 
-def _metric_weights(w: Tensors, row: Row) -> Tensors | None:
-    """``T = |w| + eta`` under the adaptive metric, None for 1."""
+def _metric_weights(w: Tensors, g: Tensors, row: Row) -> Tensors | None:
+    """``T``: ``|w| + eta`` under the adaptive metric, ``(1 + eta g^2)^(-1/2)`` under Fisher's, None for 1."""
+    if row[Column.METRIC] == FISHER:
+        g = _wide(g)
+        weights = list(many._foreach_mul(g, g))
+        many._foreach_mul_(weights, row[Column.ETA])
+        many._foreach_add_(weights, 1)
+        many._foreach_rsqrt_(weights)
+        return weights
     if row[Column.METRIC] != ADAPTIVE:
         return None
     weights = list(many._foreach_abs(_wide(w)))
@@ -250,7 +268,7 @@ def _perturb_(
     peak: Any,
 ) -> None:
     """``w += scale * T h(T g)``, with one scale for all or one for each."""
-    values, weights = _wide(w), _metric_weights(w, row)
+    values, weights = _wide(w), _metric_weights(w, g, row)
     u = _times(weights, _wide(g))
     if shape == "linear":
         e = u
@@ -338,6 +356,28 @@ def _weighted_sum(weights: Sequence[float | Tensor], xs: list[Tensors | None], l
         else:
             _add_(total, x, a)
     return [torch.zeros_like(out) for out in like] if total is None else total
+
+
+def _combine_each_(
+    outs: list[list[Tensor | None]], lists: list[list[Tensor | None]], coefficients: Tensor
+) -> None:
+    """The same with coefficients of every tensor's own; nothing waits for them."""
+    for t, rows in enumerate(coefficients.unbind()):
+        xs = [None if column[t] is None else reference.opmath(column[t]) for column in lists]  # type: ignore[arg-type]
+        sums = []
+        for out, row in zip(outs, rows, strict=True):
+            if out[t] is None:
+                sums.append(None)
+                continue
+            terms = [
+                torch.where(a != 0, a.to(x.dtype) * x, 0)
+                for a, x in zip(row, xs, strict=True)
+                if x is not None
+            ]
+            sums.append(sum(terms[1:], start=terms[0]) if terms else torch.zeros_like(out[t]))  # type: ignore[arg-type]
+        for out, total in zip(outs, sums, strict=True):
+            if total is not None:
+                out[t].copy_(total)  # type: ignore[union-attr]
 
 
 # ---- lists -----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from ..tensor_groups import TensorGroup
 from .handover import count_descent, count_perturbation, count_write, has_momentum, measured, scalars
 
 # SAMK_ABI_VERSION of csrc/sam_kernels.h
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 # enum samk_dtype, samk_moment, samk_shape, samk_rule
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..bitmask import flatten, unpack
-from ..tensor_groups import ADAPTIVE, FIXED, Column, TensorGroup, put_back
-from . import torch_selection
+from ..tensor_groups import ADAPTIVE, FISHER, FIXED, Column, TensorGroup, put_back
+from . import torch_random, torch_selection
 
 Row = list[float]  # one row of the table of scalars, indexed by Column
 
@@ -28,9 +28,13 @@ def opmath(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def weigh(d: Tensor, w: Tensor, row: Row) -> Tensor:
-    """``T d``, with ``T = |w| + eta`` under the adaptive metric and 1 otherwise."""
-    return (w.abs() + row[Column.ETA]) * d if row[Column.METRIC] == ADAPTIVE else d
+def weigh(u: Tensor, d: Tensor, w: Tensor, row: Row) -> Tensor:
+    """``T u``: ``T = |w| + eta`` under the adaptive metric, ``(1 + eta d^2)^(-1/2)`` under Fisher's, else 1."""
+    if row[Column.METRIC] == ADAPTIVE:
+        return (w.abs() + row[Column.ETA]) * u
+    if row[Column.METRIC] == FISHER:
+        return u / (1 + row[Column.ETA] * d * d).sqrt()
+    return u
 
 
 def ratio(u: Tensor, peak: Tensor) -> Tensor:
@@ -88,7 +92,7 @@ def perturb(
     w: Tensor, d: Tensor, scale: Tensor, row: Row, shape: str, q: float | None, peak: Tensor | None
 ) -> Tensor:
     """``w + scale * T h(T d)``."""
-    return w + scale * weigh(SHAPES[shape](weigh(d, w, row), q, peak), w, row)
+    return w + scale * weigh(SHAPES[shape](weigh(d, d, w, row), q, peak), d, w, row)
 
 
 def decayed(g: Tensor, w: Tensor, row: Row, weight_decay: float) -> Tensor:
@@ -202,7 +206,7 @@ class Reference:
             if g is None or row[Column.METRIC] == FIXED or w.numel() == 0:
                 continue
             w, g = opmath(w), opmath(g)
-            u = w if of == "weight" else weigh(g, w, row)
+            u = w if of == "weight" else weigh(g, g, w, row)
             if masked:
                 u = chosen(u, mask_of(group, t))
             each = MOMENTS[moment](u.double(), q, peak)
@@ -225,7 +229,7 @@ class Reference:
             w, g, snapshot = group.params[t], group.grads[t], group.snapshots[t]
             if snapshot is None or g is None:
                 continue
-            mask = mask_of(group, t)
+            mask, g = mask_of(group, t), g.clone() if g is snapshot else g
             snapshot.copy_(flatten(w)[flatten(mask)] if group.is_compact(t) else w)  # type: ignore[arg-type]
             if not torch.isfinite(norm):
                 continue
@@ -247,15 +251,19 @@ class Reference:
     accumulate_squares_ = staticmethod(torch_selection.accumulate_squares_)
     count_ranks = staticmethod(torch_selection.count_ranks)
     mark_ = staticmethod(torch_selection.mark_)
+    noise_ = staticmethod(torch_random.noise_)
 
-    def grad_stats(self, group: TensorGroup, lists: list[list[Tensor | None]]) -> Tensor:
-        dots = []
-        for i, xs in enumerate(lists):
-            for ys in lists[i:]:
-                both = [(x, y) for x, y in zip(xs, ys, strict=True) if x is not None and y is not None]
-                total = torch.zeros((), dtype=torch.float64, device=group.device)
-                dots.append(sum(((x.double() * y.double()).sum() for x, y in both), start=total))
-        return torch.stack(dots)
+    def grad_stats(
+        self, group: TensorGroup, lists: list[list[Tensor | None]], *, per_tensor: bool = False
+    ) -> Tensor:
+        zero = torch.zeros((), dtype=torch.float64, device=group.device)
+        dots = [
+            torch.stack([zero if x is None or y is None else (x.double() * y.double()).sum()
+                         for x, y in zip(xs, ys, strict=True)])
+            for i, xs in enumerate(lists) for ys in lists[i:]
+        ]  # fmt: skip
+        each = torch.stack(dots, dim=1)
+        return each if per_tensor else each.sum(0)
 
     def combine_(
         self,
@@ -266,8 +274,9 @@ class Reference:
     ) -> None:
         for t in range(len(group.params)):
             xs = [column[t] for column in lists]
+            own = coefficients[t] if coefficients.dim() == 3 else coefficients
             # All sums before the first store: an output may be one of the lists.
-            sums = [_weighted_sum(weights, xs) for weights in coefficients.tolist()]
+            sums = [_weighted_sum(weights, xs) for weights in own.tolist()]
             for out, total in zip((column[t] for column in outs), sums, strict=True):
                 if out is not None:
                     out.copy_(total)

@@ -13,30 +13,11 @@ from torch import Tensor
 from ..bitmask import WORD, flatten, pack
 from ..ranks import Ranks, rank_scores
 from ..tensor_groups import TensorGroup
+from .torch_random import random_word
 
 Tensors = list[Tensor | None]
 
 _SLICE = 1 << 20  # elements, a multiple of WORD
-
-_LOW = 0xFFFFFFFF
-
-
-def philox(c0: Tensor, c1: Tensor, c2: int, c3: int, k0: int, k1: int) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of counters and keys below 2^32, see csrc/math/random.h; int64 tensors."""
-    x0, x1, x2, x3 = c0, c1, torch.full_like(c0, c2), torch.full_like(c0, c3)
-    for _ in range(10):
-        # The products of 32-bit numbers wrap into negative int64; their bits are right all the same.
-        a, b = x0 * 0xD2511F53, x2 * 0xCD9E8D57
-        x0, x1, x2, x3 = (b >> 32 & _LOW) ^ x1 ^ k0, b & _LOW, (a >> 32 & _LOW) ^ x3 ^ k1, a & _LOW
-        k0, k1 = k0 + 0x9E3779B9 & _LOW, k1 + 0xBB67AE85 & _LOW
-    return x0, x1, x2, x3
-
-
-def random_word(seed: int, step: int, tensor: int, element: Tensor) -> Tensor:
-    """32 random bits per element, as `random_word` of csrc/math/random.h makes them."""
-    four = element >> 2
-    words = torch.stack(philox(four & _LOW, four >> 32, tensor, step, seed & _LOW, seed >> 32 & _LOW))
-    return words.gather(0, (element & 3).unsqueeze(0)).squeeze(0)
 
 
 def accumulate_squares_(group: TensorGroup, scores: Tensors) -> None:
