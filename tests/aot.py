@@ -47,7 +47,7 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     import torch
 
     from sam_kernels.ranks import Ranks
-    from sam_kernels.tensor_groups import ADAPTIVE, EUCLIDEAN, Column, TensorGroup
+    from sam_kernels.tensor_groups import ADAPTIVE, EUCLIDEAN, FISHER, Column, TensorGroup
 
     one = torch.ones((), dtype=torch.float64)
     by_tensor = torch.ones(2, dtype=torch.float64)
@@ -137,6 +137,8 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     yield "mark", mark(within=words())
     if not every:
         return
+    yield "sq_norm square fisher", sq_norm(FISHER, root=2.0)
+    yield "perturb linear fisher", perturb(FISHER)
     yield "sq_norm peak", sq_norm(EUCLIDEAN, moment="peak", per_tensor=True)
     yield "sq_norm peak adaptive", sq_norm(ADAPTIVE, moment="peak")
     yield "sq_norm power", sq_norm(EUCLIDEAN, per_tensor=True, **power)
@@ -229,7 +231,7 @@ def compile_launch(stem: Path, target: str, dtype: str, name: str, launch: Launc
     except Exception as problem:
         return {**entry, "problem": f"{type(problem).__name__}: {problem}", "code": {}}
     code = {}
-    for stage in {"ptx", "cubin", "amdgcn", "hsaco"} & set(asm):
+    for stage in {"ttgir", "ptx", "cubin", "amdgcn", "hsaco"} & set(asm):
         path = stem.with_suffix(f".{stage}")
         path.write_bytes(asm[stage] if isinstance(asm[stage], bytes) else asm[stage].encode())
         code[stage] = str(path)
