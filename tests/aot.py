@@ -77,8 +77,8 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     def restore(masks: bool = False):
         return lambda backend: backend.restore_(group(masks=masks))
 
-    def grad_stats(count: int):
-        return lambda backend: backend.grad_stats(group(), [tensors() for _ in range(count)])
+    def grad_stats(count: int, **by_tensor: bool):
+        return lambda backend: backend.grad_stats(group(), [tensors() for _ in range(count)], **by_tensor)
 
     def combine(ins: int, outs: int):
         lists, coefficients = [tensors() for _ in range(ins + outs)], torch.ones(outs, ins)
@@ -119,7 +119,7 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     yield "perturb linear", perturb(EUCLIDEAN, tensor_scale=by_tensor)
     yield "perturb powered adaptive", perturb(ADAPTIVE, **powered)
     yield "restore", restore()
-    yield "grad_stats 3", grad_stats(3)
+    yield "grad_stats 3", grad_stats(3, per_tensor=True)
     yield "combine 3 to 2", combine(3, 2)
     yield "descend sgd", sgd()
     yield "descend sgd momentum", sgd(0.9, guard=one, **amp)

@@ -429,3 +429,31 @@ def test_a_gradient_may_be_its_own_snapshot(masked):
         interpreted.BACKEND.perturb_(other, norm)
     for mine, its in [(group.params, other.params), (group.snapshots, other.snapshots)]:
         assert all(map(torch.equal, mine, its))
+
+
+@interpreted.needed
+def test_dots_by_tensor_are_those_of_the_tensor():
+    group = small_group([EUCLIDEAN] * 3, size=4100)
+    lists = [group.grads, [None, *group.grads[1:]], [group.grads[1], None, group.grads[0]]]
+    for count in (1, 2, 3):
+        each = interpreted.BACKEND.grad_stats(group, lists[:count], per_tensor=True)
+        expected = reference.BACKEND.grad_stats(group, lists[:count], per_tensor=True)
+        assert each.shape == (3, count * (count + 1) // 2)
+        torch.testing.assert_close(each, expected, rtol=1e-5, atol=1e-3)
+        assert (each == 0).eq(expected == 0).all()
+
+
+@interpreted.needed
+@pytest.mark.parametrize("outs", [1, 2])
+def test_coefficients_of_every_tensor(outs):
+    group = small_group([EUCLIDEAN] * 3)
+    lists = [group.grads, [None, *(torch.randn(70) for _ in range(2))]]
+    coefficients = torch.randn(3, outs, 2, dtype=torch.float64)
+    coefficients[2, :, 1] = 0
+    lists[1][2].fill_(float("nan"))
+    got, expected = ([[torch.empty(70) for _ in range(3)] for _ in range(outs)] for _ in range(2))
+    interpreted.BACKEND.combine_(group, got, lists, coefficients)
+    reference.BACKEND.combine_(group, expected, lists, coefficients)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 2\); expected \(1, 2\), or \(3, 1, 2\) with those"):
+        interpreted.BACKEND.combine_(group, got[:1], lists, coefficients[:2, :1])

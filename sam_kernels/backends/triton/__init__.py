@@ -173,7 +173,9 @@ class Triton:
         )
         count_write(group.params, group.snapshots, present)
 
-    def grad_stats(self, group: TensorGroup, lists: list[list[Tensor | None]]) -> Tensor:
+    def grad_stats(
+        self, group: TensorGroup, lists: list[list[Tensor | None]], *, per_tensor: bool = False
+    ) -> Tensor:
         plan = _plan(group)
         table = plan.table("grad_stats")
         dtype = self._point_foreign("grad_stats", plan, table, group, lists=lists)
@@ -190,7 +192,14 @@ class Triton:
             **_settings(dtype, many_lists=len(lists) > 2),
             COUNT=len(lists),
         )
-        return dots
+        if not per_tensor:
+            return dots
+        each = torch.empty(plan.count, len(dots), dtype=torch.float64, device=group.device)
+        with _on(group.device):
+            load()[0].dots_by_tensor[(plan.count,)](
+                plan.partials, plan.first, each, COUNT=len(lists), BLOCK=256, **_LAUNCH
+            )
+        return each
 
     def combine_(
         self,
@@ -202,6 +211,12 @@ class Triton:
         plan = _plan(group)
         table = plan.table("combine_")
         dtype = self._point_foreign("combine_", plan, table, group, lists=lists, outs=outs)
+        block = (len(outs), len(lists))
+        if tuple(coefficients.shape) not in (block, (plan.count, *block)):
+            raise ValueError(
+                f"combine_: got coefficients of shape {tuple(coefficients.shape)}; expected {block}, or "
+                f"{(plan.count, *block)} with those of every tensor"
+            )
         self._launch(
             "combine",
             plan,
@@ -209,6 +224,7 @@ class Triton:
             plan.chunks,
             plan.count,
             scalars(coefficients, group, torch.float64),
+            len(outs) * len(lists) if coefficients.dim() == 3 else 0,
             **_settings(dtype),
             IN=len(lists),
             OUT=len(outs),

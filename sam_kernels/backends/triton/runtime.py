@@ -66,6 +66,7 @@ def load() -> tuple[Any, str | None]:
             perturb=perturb.perturb_kernel,
             restore=restore.restore_kernel,
             grad_stats=grad_stats.grad_stats_kernel,
+            dots_by_tensor=grad_stats.dots_by_tensor_kernel,
             combine=combine.combine_kernel,
             descend=descend.descend_kernel,
             accumulate=accumulate.accumulate_kernel,
