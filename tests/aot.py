@@ -84,6 +84,9 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
         lists, coefficients = [tensors() for _ in range(ins + outs)], torch.ones(outs, ins)
         return lambda backend: backend.combine_(group(), lists[:outs], lists[outs:], coefficients)
 
+    def noise():
+        return lambda backend: backend.noise_(group(), tensors(), 1 << 63, 5, [0, 1])
+
     def sgd(momentum: float = 0.0, masks: bool = False, **checks: Any):
         slots = {"momentum_buffer": tensors() if momentum else [None, None]}
         made = group(momentum=momentum, masks=masks)
@@ -121,6 +124,7 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     yield "restore", restore()
     yield "grad_stats 3", grad_stats(3, per_tensor=True)
     yield "combine 3 to 2", combine(3, 2)
+    yield "noise", noise()
     yield "descend sgd", sgd()
     yield "descend sgd momentum", sgd(0.9, guard=one, **amp)
     yield "descend adam", adam(guard=one)

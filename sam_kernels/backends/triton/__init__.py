@@ -232,6 +232,18 @@ class Triton:
         for out in outs:
             count_write(out, out, sum(x is not None for x in out))
 
+    def noise_(
+        self, group: TensorGroup, outs: list[Tensor | None], seed: int, step: int, numbers: list[int]
+    ) -> None:
+        plan = _plan(group)
+        table = plan.table("noise_")
+        dtype = self._point_foreign("noise_", plan, table, group, outs=[outs])
+        table.put(List.NUMBERS, _integers("numbers", numbers, plan))
+        settings = _settings(dtype)
+        settings.pop("S")
+        self._launch("noise", plan, table, plan.chunks, plan.count, _signed(seed), step, **settings)
+        count_write(outs, outs, sum(x is not None for x in outs))
+
     def descend_(
         self,
         group: TensorGroup,
