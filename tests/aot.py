@@ -47,7 +47,7 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     import torch
 
     from sam_kernels.ranks import Ranks
-    from sam_kernels.tensor_groups import ADAPTIVE, EUCLIDEAN, Column, TensorGroup
+    from sam_kernels.tensor_groups import ADAPTIVE, EUCLIDEAN, FISHER, Column, TensorGroup
 
     one = torch.ones((), dtype=torch.float64)
     by_tensor = torch.ones(2, dtype=torch.float64)
@@ -77,12 +77,15 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     def restore(masks: bool = False):
         return lambda backend: backend.restore_(group(masks=masks))
 
-    def grad_stats(count: int):
-        return lambda backend: backend.grad_stats(group(), [tensors() for _ in range(count)])
+    def grad_stats(count: int, **by_tensor: bool):
+        return lambda backend: backend.grad_stats(group(), [tensors() for _ in range(count)], **by_tensor)
 
     def combine(ins: int, outs: int):
         lists, coefficients = [tensors() for _ in range(ins + outs)], torch.ones(outs, ins)
         return lambda backend: backend.combine_(group(), lists[:outs], lists[outs:], coefficients)
+
+    def noise():
+        return lambda backend: backend.noise_(group(), tensors(), 1 << 63, 5, [0, 1])
 
     def sgd(momentum: float = 0.0, masks: bool = False, **checks: Any):
         slots = {"momentum_buffer": tensors() if momentum else [None, None]}
@@ -119,8 +122,9 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     yield "perturb linear", perturb(EUCLIDEAN, tensor_scale=by_tensor)
     yield "perturb powered adaptive", perturb(ADAPTIVE, **powered)
     yield "restore", restore()
-    yield "grad_stats 3", grad_stats(3)
+    yield "grad_stats 3", grad_stats(3, per_tensor=True)
     yield "combine 3 to 2", combine(3, 2)
+    yield "noise", noise()
     yield "descend sgd", sgd()
     yield "descend sgd momentum", sgd(0.9, guard=one, **amp)
     yield "descend adam", adam(guard=one)
@@ -137,6 +141,8 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     yield "mark", mark(within=words())
     if not every:
         return
+    yield "sq_norm square fisher", sq_norm(FISHER, root=2.0)
+    yield "perturb linear fisher", perturb(FISHER)
     yield "sq_norm peak", sq_norm(EUCLIDEAN, moment="peak", per_tensor=True)
     yield "sq_norm peak adaptive", sq_norm(ADAPTIVE, moment="peak")
     yield "sq_norm power", sq_norm(EUCLIDEAN, per_tensor=True, **power)
@@ -229,7 +235,7 @@ def compile_launch(stem: Path, target: str, dtype: str, name: str, launch: Launc
     except Exception as problem:
         return {**entry, "problem": f"{type(problem).__name__}: {problem}", "code": {}}
     code = {}
-    for stage in {"ptx", "cubin", "amdgcn", "hsaco"} & set(asm):
+    for stage in {"ttgir", "ptx", "cubin", "amdgcn", "hsaco"} & set(asm):
         path = stem.with_suffix(f".{stage}")
         path.write_bytes(asm[stage] if isinstance(asm[stage], bytes) else asm[stage].encode())
         code[stage] = str(path)

@@ -14,9 +14,9 @@ from cases import RECIPES
 from torch.nn import Parameter
 
 from sam_kernels import SAM, backends
-from sam_kernels.backends import triton
+from sam_kernels.backends import reference, triton
 from sam_kernels.backends.triton import plan, runtime
-from sam_kernels.tensor_groups import TensorGroup
+from sam_kernels.tensor_groups import EUCLIDEAN, FISHER, TensorGroup
 
 
 def stand_in(device="cuda", dtype=torch.float32, dense=True):
@@ -347,3 +347,113 @@ def test_the_number_of_programs_changes_no_bit(monkeypatch, programs):
     expected = step()
     monkeypatch.setattr(triton, "_INTERPRETED_PROGRAMS", programs)
     assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
+
+
+# ---- what the kernels do beside the passes of others -------------------------------------------------
+
+
+def small_group(metrics, dtype=torch.float32, size=70):
+    """A tensor for every metric, with eta 4 and rho 0.5."""
+    params = [torch.randn(size, dtype=dtype).requires_grad_() for _ in metrics]
+    group = TensorGroup(params, list(range(len(metrics))), [(0, metric, 4.0) for metric in metrics])
+    group.write_table([(float(metric), 4.0, 0.5, 0.0) for metric in metrics])
+    group.grads = [torch.randn(size, dtype=dtype) for _ in metrics]
+    group.snapshots = [torch.empty(size, dtype=dtype) for _ in metrics]
+    return group
+
+
+@interpreted.needed
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("metrics", [[FISHER], [1, FISHER, 2]], ids=str)
+def test_fishers_metric_weighs_by_the_gradient_twice(metrics, masked):
+    group, other = small_group(metrics), small_group(metrics)
+    for one in (group, other):
+        one.grads = [g.clone() for g in group.grads]
+        one.masks = [torch.tensor([0x0F0F0F0F0F0F0F0F, 0])] * len(metrics) if masked else None
+    with torch.no_grad():
+        for w, v in zip(group.params, other.params, strict=True):
+            w.copy_(v)
+        norm = interpreted.BACKEND.sq_norm(group, root=2.0, masked=masked)
+        expected = reference.BACKEND.sq_norm(other, root=2.0, masked=masked)
+        interpreted.BACKEND.perturb_(group, expected)
+        reference.BACKEND.perturb_(other, expected)
+    torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(group.params, other.params, rtol=1e-6, atol=1e-7)
+
+
+@interpreted.needed
+def test_fishers_metric_is_that_of_the_norm_of_order_two_alone():
+    group, one = small_group([FISHER]), torch.ones((), dtype=torch.float64)
+    with pytest.raises(ValueError, match="norm of order 2 .'square'., not under 'peak'; use backend="):
+        interpreted.BACKEND.sq_norm(group, moment="peak")
+    with pytest.raises(ValueError, match="norm of order 2 .'linear'., not under 'sign'; use backend="):
+        interpreted.BACKEND.perturb_(group, one, shape="sign")
+    assert interpreted.BACKEND.sq_norm(group, of="weight", moment="peak") == group.params[0].abs().max()
+
+
+@interpreted.needed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("peak", [1.0, 1.9999998807907104, 1e-30, 0.0], ids=str)
+def test_an_infinite_power_counts_the_largest_and_moves_nothing_else(dtype, peak):
+    group = small_group([EUCLIDEAN], dtype)
+    top = torch.tensor(peak, dtype=dtype)
+    group.grads[0].copy_(top * torch.linspace(-0.9, 0.9, 70))
+    group.grads[0][[3, 40]] = torch.stack([top, -top])
+    group.grads[0][5] = torch.nextafter(top, torch.zeros_like(top))  # the largest ratio below 1
+    before = group.params[0].detach().clone()
+    ball = {"q": float("inf"), "peak": top.double()}
+    with torch.no_grad():
+        total = interpreted.BACKEND.sq_norm(group, moment="power", **ball)
+        norm = torch.ones((), dtype=torch.float64)
+        interpreted.BACKEND.perturb_(group, norm, shape="powered", **ball)
+    sign = torch.zeros(70, dtype=dtype)
+    sign[3], sign[40] = (0.5, -0.5) if peak else (0.0, 0.0)
+    assert total == (2.0 if peak else 0.0)
+    assert torch.equal(group.params[0], before + sign)
+
+
+@interpreted.needed
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_gradient_may_be_its_own_snapshot(masked):
+    group = small_group([EUCLIDEAN, FISHER], size=4200)
+    other = small_group([EUCLIDEAN, FISHER], size=4200)
+    with torch.no_grad():
+        for t, w in enumerate(group.params):
+            w.copy_(other.params[t])
+            group.grads[t].copy_(other.grads[t])
+        if masked:
+            group.masks = other.masks = [torch.full((66,), -2), None]
+        group.snapshots = group.grads
+        norm = torch.full((), 3.0, dtype=torch.float64)
+        interpreted.BACKEND.perturb_(group, norm)
+        interpreted.BACKEND.perturb_(other, norm)
+    for mine, its in [(group.params, other.params), (group.snapshots, other.snapshots)]:
+        assert all(map(torch.equal, mine, its))
+
+
+@interpreted.needed
+def test_dots_by_tensor_are_those_of_the_tensor():
+    group = small_group([EUCLIDEAN] * 3, size=4100)
+    lists = [group.grads, [None, *group.grads[1:]], [group.grads[1], None, group.grads[0]]]
+    for count in (1, 2, 3):
+        each = interpreted.BACKEND.grad_stats(group, lists[:count], per_tensor=True)
+        expected = reference.BACKEND.grad_stats(group, lists[:count], per_tensor=True)
+        assert each.shape == (3, count * (count + 1) // 2)
+        torch.testing.assert_close(each, expected, rtol=1e-5, atol=1e-3)
+        assert (each == 0).eq(expected == 0).all()
+
+
+@interpreted.needed
+@pytest.mark.parametrize("outs", [1, 2])
+def test_coefficients_of_every_tensor(outs):
+    group = small_group([EUCLIDEAN] * 3)
+    lists = [group.grads, [None, *(torch.randn(70) for _ in range(2))]]
+    coefficients = torch.randn(3, outs, 2, dtype=torch.float64)
+    coefficients[2, :, 1] = 0
+    lists[1][2].fill_(float("nan"))
+    got, expected = ([[torch.empty(70) for _ in range(3)] for _ in range(outs)] for _ in range(2))
+    interpreted.BACKEND.combine_(group, got, lists, coefficients)
+    reference.BACKEND.combine_(group, expected, lists, coefficients)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 2\); expected \(1, 2\), or \(3, 1, 2\) with those"):
+        interpreted.BACKEND.combine_(group, got[:1], lists, coefficients[:2, :1])

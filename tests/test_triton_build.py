@@ -59,6 +59,7 @@ class Compiled(NamedTuple):
     kernel: str
     constants: dict[str, Any]
     problem: str | None
+    ttgir: str
     ptx: str
     amdgcn: str
     sass: str  # resource usage, then instructions
@@ -88,7 +89,7 @@ def compile_all(sources: Path, folder: Path, *selections: str) -> list[Compiled]
 
     def finish(entry: dict[str, Any]) -> Compiled:
         code = entry.pop("code")
-        text = {x: Path(code[x]).read_text() if x in code else "" for x in ("ptx", "amdgcn")}
+        text = {x: Path(code[x]).read_text() if x in code else "" for x in ("ttgir", "ptx", "amdgcn")}
         sass = ""
         if "cubin" in code:
             dump = [cuobjdump, "-res-usage", "-sass", code["cubin"]]
@@ -132,6 +133,10 @@ def test_every_variant_is_among_them(compiled):
     moments, shapes = triton._MOMENTS.values(), triton._SHAPES.values()
     assert taken(compiled, "MOMENT", "HAS_ADAPTIVE", "HAS_MASKS") == set(product(moments, both, both))
     assert taken(compiled, "SHAPE", "HAS_ADAPTIVE", "HAS_MASKS") == set(product(shapes, both, both))
+    fisher = {(moment, False) for moment in moments} | {(triton._MOMENTS["square"], True)}
+    assert taken(compiled, "MOMENT", "HAS_FISHER") == fisher
+    fisher = {(shape, False) for shape in shapes} | {(triton._SHAPES["linear"], True)}
+    assert taken(compiled, "SHAPE", "HAS_FISHER") == fisher
     assert taken(compiled, "COUNT") == {(1,), (2,), (3,)}
     assert taken(compiled, "IN", "OUT") == set(product((1, 2, 3), (1, 2)))
     rules = [(triton._RULES["sgd"], False), (triton._RULES["sgd"], True), (triton._RULES["adam"], False)]
@@ -189,17 +194,20 @@ def fast_loops(one: Compiled) -> list[Loop]:
     words = 1 if c.get("HAS_MASKS") else 0
     copies = [Loop(1, 1, words)]
     if one.kernel == "sq_norm":
-        loops = [Loop(1, 0, words), Loop(2, 0, words)] if c["HAS_ADAPTIVE"] else [Loop(1, 0, words)]
+        loops = [Loop(1, 0, words)] * (2 if c["HAS_FISHER"] else 1)
+        loops += [Loop(2, 0, words)] if c["HAS_ADAPTIVE"] else []
         is_redone_in_double = c["MOMENT"] == triton._MOMENTS["square"] and c["S"] == "fp32"
         return loops * 2 if is_redone_in_double else loops
     if one.kernel == "perturb":
-        return [Loop(2, 2, words)] * (2 if c["HAS_ADAPTIVE"] else 1) + copies
+        return [Loop(2, 2, words)] * (1 + c["HAS_ADAPTIVE"] + c["HAS_FISHER"]) + copies
     if one.kernel == "restore":
         return copies
     if one.kernel == "grad_stats":
         return [Loop(c["COUNT"], 0)]
     if one.kernel == "combine":
         return [Loop(c["IN"], c["OUT"], c["IN"] * c["OUT"])]
+    if one.kernel == "noise":
+        return [Loop(0, 1)]
     if one.kernel == "descend" and c["RULE"] == triton._RULES["adam"]:
         return [Loop(4, 3, words)] + copies
     if one.kernel == "descend":
@@ -212,7 +220,7 @@ def fast_loops(one: Compiled) -> list[Loop]:
         elements = 16 // getattr(torch, one.dtype).itemsize
         narrow = 1 + (1 + elements if one.kernel == "mark" else 0)
         return [] if c["IS_RANDOM"] else [Loop(1, 0, narrow)]
-    assert one.kernel == "sum_by_tensor"  # its tables are short
+    assert one.kernel in ("sum_by_tensor", "dots_by_tensor")  # their tables are short
     return []
 
 
@@ -247,7 +255,7 @@ def narrow_access(one: Compiled) -> str | None:
     accesses = one.constants["BLOCK"] * size // (16 * threads)
 
     def is_unrolled(found: Loop, block: Loop) -> bool:
-        times, rest = divmod(found.loads, block.loads * accesses)
+        times, rest = divmod(found.loads + found.stores, (block.loads + block.stores) * accesses)
         enough = rest == 0 and found.stores == times * block.stores * accesses
         return enough and found.narrow <= times * block.narrow * (1 if one.kernel == "combine" else accesses)
 
@@ -281,6 +289,34 @@ def test_no_kernel_of_any_target_spills(of_target):
     assert not [problem for one in of_target if (problem := spill(one))]
 
 
+# ---- a gradient as its own snapshot ----
+
+
+def race(one: Compiled) -> str | None:
+    """A block in which a thread may write to a snapshot before another has read the gradient there."""
+    reads: list[str] = []
+    written = waited = False
+    for line in one.ttgir.splitlines():
+        waited |= re.search(r"\b(?:ttg|gpu)\.(?:local_)?barrier\b", line) is not None
+        access = re.search(r"\btt\.(load|store) .*: (tensor<[\dx]+!tt\.ptr<\w+>, #\w+>)", line)
+        if access is None:
+            continue
+        if access[1] == "load":
+            reads = [access[2]] if written else [*reads, access[2]]
+            written = waited = False
+        else:
+            written = True
+            if len(reads) > 1 and not waited and set(reads) != {access[2]}:
+                return f"{one}: {reads} are read and {access[2]} is written"
+    return None
+
+
+def test_a_gradient_may_be_its_own_snapshot(compiled):
+    perturbations = [one for one in compiled if one.kernel == "perturb"]
+    assert all("tt.store" in one.ttgir for one in perturbations)
+    assert not [problem for one in perturbations if (problem := race(one))]
+
+
 # ---- roundings ----
 
 
@@ -294,9 +330,11 @@ def test_quotients_and_roots_of_fp32_are_those_of_ieee(of_target):
     assert not [problem for one in of_target if (problem := approximation(one))]
     exact = r"(?:div|sqrt)\.rn\.f32\b"
     for one in of_target:
+        found = set(re.findall(exact, one.ptx))
+        if one.kernel == "noise":
+            assert found == {"div.rn.f32", "sqrt.rn.f32"}, str(one)
         if one.constants.get("S") == "fp32":
-            found = set(re.findall(exact, one.ptx))
-            if one.variant.startswith("descend adam"):
+            if one.variant.startswith("descend adam") or "fisher" in one.variant:
                 assert found == {"div.rn.f32", "sqrt.rn.f32"}, str(one)
             elif "power" in one.variant and one.kernel != "sum_by_tensor":
                 assert found == {"div.rn.f32"}, str(one)
@@ -304,9 +342,8 @@ def test_quotients_and_roots_of_fp32_are_those_of_ieee(of_target):
 
 def has_no_fma(one: Compiled) -> bool:
     """Whether the formula has products and sums, but none of them fused."""
-    return (
-        one.kernel == "grad_stats" or re.match(r"sq_norm (square|peak)|combine 1 ", one.variant) is not None
-    )
+    plain = r"noise|grad_stats|sq_norm (square(?! fisher)|peak)|combine 1 "
+    return re.match(plain, one.variant) is not None
 
 
 def contraction(one: Compiled) -> str | None:
@@ -314,8 +351,9 @@ def contraction(one: Compiled) -> str | None:
     found = re.findall(r"\b(?:add|sub|mul)(?:\.ftz)?\.f(?:32|64)(?:x2)?\b", one.ptx)
     if has_no_fma(one):
         found += re.findall(r"\bfma\.[.\w]+", one.ptx)
-        # of an fp64 root of the norm, fma is a part
-        found += re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)_f32\w*", one.amdgcn)
+        # of an fp64 root of the norm, fma is a part; of a quotient and a root in fp32, seven to ten are
+        fused = re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)_f32\w*", one.amdgcn)
+        found += fused if len(fused) > 10 * len(re.findall(r"\bv_div_fixup_f32", one.amdgcn)) else []
     return f"{one}: {sorted(set(found))}" if found else None
 
 
@@ -348,17 +386,19 @@ def test_all_of_this_is_seen_where_it_is_wrong(tmp_path):
         damage(backend / "engine.py", hint, r"\1pointer", 1)
     damage(backend / "rounding.py", r"tl\.div_rn\(x, y\)", "x / y", 1)
     damage(backend / "rounding.py", r"tl\.sqrt_rn\(x\)", "tl.sqrt(x)", 1)
+    damage(backend / "kernels" / "perturb.py", r"tl\.debug_barrier\(\)", "pass", 2)
     wrong = r'\1, "enable_fp_fusion": True, "maxnreg": 32}'
     damage(backend / "__init__.py", r"(\b_LAUNCH = \{.*?)\}", wrong, 1)
     unhinted = ["sq_norm square", "perturb linear", "restore", "combine 3 to 2", "descend sgd momentum"]
     names = [*unhinted, "grad_stats 3", "descend adam"]
     found = compile_all(tmp_path, tmp_path, f"sm_90:float32:{','.join(names)}")
-    by_name = {one.variant: one for one in found if one.kernel != "sum_by_tensor"}
+    by_name = {one.variant: one for one in found if not one.kernel.endswith("by_tensor")}
     assert set(by_name) == set(names)
     assert [name for name in names if narrow_access(by_name[name])] == [*unhinted, "descend adam"]
     assert approximation(by_name["descend adam"])
     assert contraction(by_name["grad_stats 3"])
     assert spill(by_name["grad_stats 3"])
+    assert race(by_name["perturb linear"])
 
 
 # ---- another vendor ----

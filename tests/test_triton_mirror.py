@@ -233,8 +233,9 @@ def test_both_sides_have_the_same_names(stem):
 
 def test_the_formulas_are_found():
     names = {path.stem: cpp_names(path.read_text()) for path in CPP.glob("*.h")}
-    assert names["metric"].classes == {"Adaptive": ["eta"], "Power": ["peak", "q"]}
-    assert names["metric"].functions["euclidean_weigh"] == (["d", "w"], [])
+    assert names["metric"].classes == {"Adaptive": ["eta"], "Fisher": ["eta"], "Power": ["peak", "q"]}
+    assert names["metric"].functions["euclidean_weigh"] == (["u", "d", "w"], [])
+    assert names["normal"].functions["normal_pair"] == (["a", "b"], [])
     assert names["metric"].functions["apply_power"] == (["self", "u"], [])
     assert names["descent"].functions["sgd_weight"] == (["self", "w", "g", "buf"], ["buf"])
     assert names["perturb"].classes["Perturb"] == ["scale", "metric", "shape"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...ranks import Ranks
-from ...tensor_groups import TensorGroup
+from ...tensor_groups import FISHER, TensorGroup
 from ..handover import count_descent, count_perturbation, count_write, has_momentum, measured, scalars
 from .plan import List, Plan, Table
 from .runtime import describe as describe
@@ -86,6 +86,7 @@ class Triton:
         masked: bool = False,
     ) -> Tensor:
         plan = _plan(group)
+        has_fisher = of == "gradient" and _has_fisher(group, moment, "square")
         scalar_table, tensors, reads_weights = measured(group, of)
         # The perturbation reads the same gradients: one upload for both.
         table = plan.table("sq_norm, perturb_" if of == "gradient" else "sq_norm of weights")
@@ -109,6 +110,7 @@ class Triton:
             **_settings(group.dtype, takes_powers=moment == "power"),
             MOMENT=_MOMENTS[moment],
             HAS_ADAPTIVE=reads_weights,
+            HAS_FISHER=has_fisher,
             HAS_MASKS=has_masks,
             Q=q,
             ROOT=float(root),
@@ -133,6 +135,7 @@ class Triton:
         tensor_scale: Tensor | None = None,
     ) -> None:
         plan = _plan(group)
+        has_fisher = _has_fisher(group, shape, "linear")
         table = plan.table("sq_norm, perturb_")
         plan.point(table, List.PARAMS, "params", group.params, group.dtype)
         plan.point(table, List.GRADS, "grads", group.grads, group.dtype)
@@ -148,6 +151,7 @@ class Triton:
             **_settings(group.dtype, takes_powers=shape == "powered"),
             SHAPE=_SHAPES[shape],
             HAS_ADAPTIVE=group.reads_weights,
+            HAS_FISHER=has_fisher,
             HAS_MASKS=_point_masks(plan, table, group),
             Q=q,
         )
@@ -169,7 +173,9 @@ class Triton:
         )
         count_write(group.params, group.snapshots, present)
 
-    def grad_stats(self, group: TensorGroup, lists: list[list[Tensor | None]]) -> Tensor:
+    def grad_stats(
+        self, group: TensorGroup, lists: list[list[Tensor | None]], *, per_tensor: bool = False
+    ) -> Tensor:
         plan = _plan(group)
         table = plan.table("grad_stats")
         dtype = self._point_foreign("grad_stats", plan, table, group, lists=lists)
@@ -186,7 +192,14 @@ class Triton:
             **_settings(dtype, many_lists=len(lists) > 2),
             COUNT=len(lists),
         )
-        return dots
+        if not per_tensor:
+            return dots
+        each = torch.empty(plan.count, len(dots), dtype=torch.float64, device=group.device)
+        with _on(group.device):
+            load()[0].dots_by_tensor[(plan.count,)](
+                plan.partials, plan.first, each, COUNT=len(lists), BLOCK=256, **_LAUNCH
+            )
+        return each
 
     def combine_(
         self,
@@ -198,6 +211,12 @@ class Triton:
         plan = _plan(group)
         table = plan.table("combine_")
         dtype = self._point_foreign("combine_", plan, table, group, lists=lists, outs=outs)
+        block = (len(outs), len(lists))
+        if tuple(coefficients.shape) not in (block, (plan.count, *block)):
+            raise ValueError(
+                f"combine_: got coefficients of shape {tuple(coefficients.shape)}; expected {block}, or "
+                f"{(plan.count, *block)} with those of every tensor"
+            )
         self._launch(
             "combine",
             plan,
@@ -205,12 +224,25 @@ class Triton:
             plan.chunks,
             plan.count,
             scalars(coefficients, group, torch.float64),
+            len(outs) * len(lists) if coefficients.dim() == 3 else 0,
             **_settings(dtype),
             IN=len(lists),
             OUT=len(outs),
         )
         for out in outs:
             count_write(out, out, sum(x is not None for x in out))
+
+    def noise_(
+        self, group: TensorGroup, outs: list[Tensor | None], seed: int, step: int, numbers: list[int]
+    ) -> None:
+        plan = _plan(group)
+        table = plan.table("noise_")
+        dtype = self._point_foreign("noise_", plan, table, group, outs=[outs])
+        table.put(List.NUMBERS, _integers("numbers", numbers, plan))
+        settings = _settings(dtype)
+        settings.pop("S")
+        self._launch("noise", plan, table, plan.chunks, plan.count, _signed(seed), step, **settings)
+        count_write(outs, outs, sum(x is not None for x in outs))
 
     def descend_(
         self,
@@ -435,6 +467,21 @@ def _point_masks(plan: Plan, table: Table, group: TensorGroup) -> bool:
         plan.point(table, List.MASKS, "masks", group.masks, torch.int64, plan.words)
         table.masks = group.masks
     return True
+
+
+def _has_fisher(group: TensorGroup, wanted: str, served: str) -> bool:
+    """Whether Fisher's metric measures any tensor. Kernels have it for norms of order 2: no other has a use.
+
+    Raises:
+        ValueError: if it does, and another moment or shape is wanted.
+    """
+    found = any(metric == FISHER for _, metric, _ in group.keys)
+    if found and wanted != served:
+        raise ValueError(
+            f"the Triton passes have Fisher's metric under the norm of order 2 ({served!r}), not under "
+            f"{wanted!r}; use backend='foreach'"
+        )
+    return found
 
 
 def _require(table: Table, group: TensorGroup, rule: str, state: dict[str, int]) -> None:

@@ -6,6 +6,7 @@ from ...bitmask import WORD as _WORD
 from ...tensor_groups import ADAPTIVE as _ADAPTIVE
 from ...tensor_groups import COLUMNS as _COLUMNS
 from ...tensor_groups import EUCLIDEAN as _EUCLIDEAN
+from ...tensor_groups import FISHER as _FISHER
 from ...tensor_groups import FIXED as _FIXED
 from ...tensor_groups import Column
 from . import plan
@@ -14,6 +15,7 @@ from . import plan
 FIXED = tl.constexpr(_FIXED)
 EUCLIDEAN = tl.constexpr(_EUCLIDEAN)
 ADAPTIVE = tl.constexpr(_ADAPTIVE)
+FISHER = tl.constexpr(_FISHER)
 
 # enum samk_moment, samk_shape, samk_rule
 SQUARE, PEAK, POWER = map(tl.constexpr, range(3))

@@ -54,7 +54,18 @@ def load() -> tuple[Any, str | None]:
             "use backend='foreach'"
         )
     try:
-        from .kernels import accumulate, combine, count, descend, grad_stats, mark, perturb, restore, sq_norm
+        from .kernels import (
+            accumulate,
+            combine,
+            count,
+            descend,
+            grad_stats,
+            mark,
+            noise,
+            perturb,
+            restore,
+            sq_norm,
+        )
     except Exception as problem:  # a Triton that has moved on must not take the other backends with it
         return None, (
             f"the kernels do not load under Triton {triton.__version__}: {type(problem).__name__}: {problem}"
@@ -66,7 +77,9 @@ def load() -> tuple[Any, str | None]:
             perturb=perturb.perturb_kernel,
             restore=restore.restore_kernel,
             grad_stats=grad_stats.grad_stats_kernel,
+            dots_by_tensor=grad_stats.dots_by_tensor_kernel,
             combine=combine.combine_kernel,
+            noise=noise.noise_kernel,
             descend=descend.descend_kernel,
             accumulate=accumulate.accumulate_kernel,
             count=count.count_kernel,

@@ -1,4 +1,4 @@
-"""out[i] = sum_j coefficients[i, j] * list[j]."""
+"""out[i] = sum_j coefficients[i, j] * list[j], with coefficients of all tensors or of each."""
 
 import triton
 import triton.language as tl
@@ -9,19 +9,21 @@ from ..math.combine import Term, term_first, term_next
 from ..rounding import narrow, widen
 
 
-@triton.jit(do_not_specialize=["chunks", "count"])
+@triton.jit(do_not_specialize=["chunks", "count", "stride"])
 def combine_kernel(
     layout,
     addresses,
     chunks,
     count,
     coefficients,
+    stride: tl.int32,
     T: tl.constexpr,
     S: tl.constexpr,
     IN: tl.constexpr,
     OUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # stride: from the coefficients of a tensor to those of the next; 0 where they are shared.
     for c in range(tl.program_id(0), chunks, tl.num_programs(0)):
         chunk = find_chunk(layout, c)
         first = address(addresses, count, OUTS, chunk, T)
@@ -30,6 +32,7 @@ def combine_kernel(
             second = address(addresses, count, OUTS + 1, chunk, T)
         if (first | second) != 0:
             n = chunk.size
+            own = coefficients + chunk.tensor * stride
             x = address(addresses, count, LISTS, chunk, T)
             y = tl.zeros_like(x)
             z = tl.zeros_like(x)
@@ -40,18 +43,12 @@ def combine_kernel(
             whole = n // BLOCK * BLOCK
             if (x | y | z | first | second) % 16 == 0:
                 for i in range(0, whole, BLOCK):
-                    combine_block(
-                        x, y, z, first, second, coefficients, i, n, T, S, IN, OUT, BLOCK, True, False
-                    )
+                    combine_block(x, y, z, first, second, own, i, n, T, S, IN, OUT, BLOCK, True, False)
             else:
                 for i in range(0, whole, BLOCK):
-                    combine_block(
-                        x, y, z, first, second, coefficients, i, n, T, S, IN, OUT, BLOCK, False, False
-                    )
+                    combine_block(x, y, z, first, second, own, i, n, T, S, IN, OUT, BLOCK, False, False)
             if whole < n:
-                combine_block(
-                    x, y, z, first, second, coefficients, whole, n, T, S, IN, OUT, BLOCK, False, True
-                )
+                combine_block(x, y, z, first, second, own, whole, n, T, S, IN, OUT, BLOCK, False, True)
 
 
 @triton.jit

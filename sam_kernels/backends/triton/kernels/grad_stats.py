@@ -1,4 +1,4 @@
-"""All dots of up to three lists in one read."""
+"""All dots of up to three lists in one read, over all tensors and by tensor."""
 
 from typing import NamedTuple
 
@@ -66,22 +66,34 @@ def grad_stats_kernel(
             tl.store(own + 4, tl.sum(dots.yz.to(tl.float64)))
             tl.store(own + 5, tl.sum(dots.zz.to(tl.float64)))
     if is_last_program(counter):
-        join_partials(partials, 0, chunks, out, 0, BLOCK)
-        if COUNT == 2:
-            join_partials(partials, 1, chunks, out, 1, BLOCK)
-            join_partials(partials, 3, chunks, out, 2, BLOCK)
-        elif COUNT == 3:
-            for dot in tl.static_range(1, 6):
-                join_partials(partials, dot, chunks, out, dot, BLOCK)
+        join_dots(partials, 0, chunks, out, COUNT, BLOCK)
 
 
 @triton.jit
-def join_partials(partials, dot: tl.constexpr, chunks, out, place: tl.constexpr, BLOCK: tl.constexpr):
+def dots_by_tensor_kernel(partials, first, out, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    t = tl.program_id(0)
+    own = out + t * (COUNT * (COUNT + 1) // 2)
+    join_dots(partials, tl.load(first + t), tl.load(first + t + 1), own, COUNT, BLOCK)
+
+
+@triton.jit
+def join_dots(partials, begin, end, out, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    join_partials(partials, 0, begin, end, out, 0, BLOCK)
+    if COUNT == 2:
+        join_partials(partials, 1, begin, end, out, 1, BLOCK)
+        join_partials(partials, 3, begin, end, out, 2, BLOCK)
+    elif COUNT == 3:
+        for dot in tl.static_range(1, 6):
+            join_partials(partials, dot, begin, end, out, dot, BLOCK)
+
+
+@triton.jit
+def join_partials(partials, dot: tl.constexpr, begin, end, out, place: tl.constexpr, BLOCK: tl.constexpr):
     joined = tl.zeros([BLOCK], tl.float64)
-    for i in range(0, chunks, BLOCK):
+    for i in range(begin, end, BLOCK):
         offset = i + tl.arange(0, BLOCK)
         # From the cache that all processors share: others wrote these.
-        joined += tl.load(partials + offset * 6 + dot, mask=offset < chunks, other=0, cache_modifier=".cg")
+        joined += tl.load(partials + offset * 6 + dot, mask=offset < end, other=0, cache_modifier=".cg")
     tl.store(out + place, tl.sum(joined))
 
 

@@ -1,4 +1,10 @@
-"""snapshot = w; w += scale * T * h(T * g), where the mask selects it."""
+"""snapshot = w; w += scale * T * h(T * g), where the mask selects it.
+
+note: [a gradient as its own snapshot]
+A block reads all that it needs before it writes, but its threads wait for no one: one might write the snapshot
+where another has yet to read the gradient. Not where the block is aligned: there loads and stores lie alike
+over the threads, and each writes only what it alone has read. Elsewhere they wait.
+"""
 
 import triton
 import triton.language as tl
@@ -9,6 +15,7 @@ from ..codes import (
     COLUMN_METRIC,
     COLUMNS,
     EUCLIDEAN,
+    FISHER,
     FIXED,
     GRADS,
     PARAMS,
@@ -31,7 +38,7 @@ from ..engine import (
     write,
     write_rows,
 )
-from ..math.metric import Adaptive
+from ..math.metric import Adaptive, Fisher
 from ..math.perturb import Perturb, Powered, apply_perturb, perturb_scale
 from ..rounding import narrow, widen
 
@@ -50,6 +57,7 @@ def perturb_kernel(
     S: tl.constexpr,
     SHAPE: tl.constexpr,
     HAS_ADAPTIVE: tl.constexpr,
+    HAS_FISHER: tl.constexpr,
     HAS_MASKS: tl.constexpr,
     Q: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -71,22 +79,25 @@ def perturb_kernel(
                 own = length * 0 + 1
                 if tensor_scale is not None:
                     own = tl.load(tensor_scale + chunk.tensor)
-                perturb = Perturb(
-                    scale=perturb_scale(row, SHAPE, length, own, S),
-                    metric=Adaptive(eta=tl.load(row + COLUMN_ETA).to(S)),
-                    shape=make_shape(peak, SHAPE, Q, S),
-                )
+                scale = perturb_scale(row, SHAPE, length, own, S)
+                eta = tl.load(row + COLUMN_ETA).to(S)
+                shape = make_shape(peak, SHAPE, Q, S)
                 if HAS_ADAPTIVE:
                     if metric == ADAPTIVE:
+                        perturb = Perturb(scale=scale, metric=Adaptive(eta=eta), shape=shape)
                         perturb_chunk(
                             perturb, w, g, snapshot, words, n, T, S, ADAPTIVE, SHAPE, HAS_MASKS, BLOCK
                         )
                     else:
-                        perturb_chunk(
-                            perturb, w, g, snapshot, words, n, T, S, EUCLIDEAN, SHAPE, HAS_MASKS, BLOCK
+                        other = Perturb(scale=scale, metric=Fisher(eta=eta), shape=shape)
+                        perturb_by_gradient(
+                            other, metric, w, g, snapshot, words, n, T, S, SHAPE, HAS_FISHER, HAS_MASKS, BLOCK
                         )
                 else:
-                    perturb_chunk(perturb, w, g, snapshot, words, n, T, S, EUCLIDEAN, SHAPE, HAS_MASKS, BLOCK)
+                    other = Perturb(scale=scale, metric=Fisher(eta=eta), shape=shape)
+                    perturb_by_gradient(
+                        other, metric, w, g, snapshot, words, n, T, S, SHAPE, HAS_FISHER, HAS_MASKS, BLOCK
+                    )
             else:
                 if HAS_MASKS:
                     copy_rows(snapshot, w, words, n, T, BLOCK)
@@ -101,6 +112,32 @@ def make_shape(peak, SHAPE: tl.constexpr, Q: tl.constexpr, S: tl.constexpr):
         return Powered(peak=largest.to(S), exponent=(largest * 0 + (Q - 1)).to(S))
     else:
         return ()
+
+
+@triton.jit
+def perturb_by_gradient(
+    perturb,
+    metric,
+    w,
+    g,
+    snapshot,
+    words,
+    n,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    SHAPE: tl.constexpr,
+    HAS_FISHER: tl.constexpr,
+    HAS_MASKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Under a metric that measures no weights."""
+    if HAS_FISHER:
+        if metric == FISHER:
+            perturb_chunk(perturb, w, g, snapshot, words, n, T, S, FISHER, SHAPE, HAS_MASKS, BLOCK)
+        else:
+            perturb_chunk(perturb, w, g, snapshot, words, n, T, S, EUCLIDEAN, SHAPE, HAS_MASKS, BLOCK)
+    else:
+        perturb_chunk(perturb, w, g, snapshot, words, n, T, S, EUCLIDEAN, SHAPE, HAS_MASKS, BLOCK)
 
 
 @triton.jit
@@ -155,6 +192,8 @@ def perturb_block(
     x = read(w, i, n, T, BLOCK, ALIGNED, MASKED)
     d = widen(read(g, i, n, T, BLOCK, ALIGNED, MASKED), S)
     moved = apply_perturb(perturb, widen(x, S), d, METRIC, SHAPE)
+    if not ALIGNED:
+        tl.debug_barrier()  # see note: [a gradient as its own snapshot]
     write(snapshot, i, n, x, BLOCK, ALIGNED, MASKED)
     write(w, i, n, narrow(moved, T), BLOCK, ALIGNED, MASKED)
 
@@ -181,6 +220,8 @@ def perturb_rows(
     x = read_rows(live, w, i, n, T, BLOCK, ALIGNED, MASKED)
     d = widen(read_rows(live, g, i, n, T, BLOCK, ALIGNED, MASKED), S)
     moved = apply_perturb(perturb, widen(x, S), d, METRIC, SHAPE)
+    if not ALIGNED:
+        tl.debug_barrier()  # see note: [a gradient as its own snapshot]
     write_rows(live, snapshot, i, n, x, BLOCK, ALIGNED, MASKED)
     # A choice, not a product: what is not selected keeps its bits, and 0 times inf is none.
     kept = tl.where(bits_of(word, BLOCK), narrow(moved, T), x)

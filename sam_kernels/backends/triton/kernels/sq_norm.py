@@ -9,6 +9,7 @@ from ..codes import (
     COLUMN_METRIC,
     COLUMNS,
     EUCLIDEAN,
+    FISHER,
     FIXED,
     GRADS,
     PARAMS,
@@ -30,7 +31,16 @@ from ..engine import (
     read_rows,
     read_words,
 )
-from ..math.metric import Adaptive, Power, adaptive_weigh, apply_power, apply_square, euclidean_weigh
+from ..math.metric import (
+    Adaptive,
+    Fisher,
+    Power,
+    adaptive_weigh,
+    apply_power,
+    apply_square,
+    euclidean_weigh,
+    fisher_weigh,
+)
 from ..math.power import power
 from ..rounding import widen
 
@@ -53,6 +63,7 @@ def sq_norm_kernel(
     S: tl.constexpr,
     MOMENT: tl.constexpr,
     HAS_ADAPTIVE: tl.constexpr,
+    HAS_FISHER: tl.constexpr,
     HAS_MASKS: tl.constexpr,
     Q: tl.constexpr,
     ROOT: tl.constexpr,
@@ -72,9 +83,10 @@ def sq_norm_kernel(
                 w = address(addresses, count, PARAMS, chunk, T)
                 if metric == ADAPTIVE:
                     total = chunk_sum(g, w, words, n, eta, peak, T, S, ADAPTIVE, MOMENT, HAS_MASKS, Q, BLOCK)
-                else:
-                    total = chunk_sum(g, g, words, n, eta, peak, T, S, EUCLIDEAN, MOMENT, HAS_MASKS, Q, BLOCK)
-            else:
+            if HAS_FISHER:
+                if metric == FISHER:
+                    total = chunk_sum(g, g, words, n, eta, peak, T, S, FISHER, MOMENT, HAS_MASKS, Q, BLOCK)
+            if metric == EUCLIDEAN:
                 total = chunk_sum(g, g, words, n, eta, peak, T, S, EUCLIDEAN, MOMENT, HAS_MASKS, Q, BLOCK)
         tl.store(partials + chunk.number, total)
     if is_last_program(counter):
@@ -149,7 +161,7 @@ def chunk_sum_in(
 ):
     # Sums are fp32 inside a chunk on purpose: a lane adds at most a few dozen numbers, and beyond they are
     # fp64.
-    metric = Adaptive(eta=eta.to(S))
+    metric = make_metric(eta, METRIC, S)
     term = make_term(peak, MOMENT, Q, S)
     sums = tl.zeros([BLOCK], S)
     if HAS_MASKS:
@@ -183,6 +195,14 @@ def chunk_sum_in(
 @triton.jit
 def join(sums, MOMENT: tl.constexpr):
     return largest(sums.to(tl.float64)) if MOMENT == PEAK else tl.sum(sums.to(tl.float64))
+
+
+@triton.jit
+def make_metric(eta, METRIC: tl.constexpr, S: tl.constexpr):
+    if METRIC == FISHER:
+        return Fisher(eta=eta.to(S))
+    else:
+        return Adaptive(eta=eta.to(S))
 
 
 @triton.jit
@@ -220,9 +240,11 @@ def weigh_block(
 ):
     d = widen(read(g, i, n, T, BLOCK, ALIGNED, MASKED), S)
     if METRIC == ADAPTIVE:
-        return adaptive_weigh(metric, d, widen(read(w, i, n, T, BLOCK, ALIGNED, MASKED), S))
+        return adaptive_weigh(metric, d, d, widen(read(w, i, n, T, BLOCK, ALIGNED, MASKED), S))
+    elif METRIC == FISHER:
+        return fisher_weigh(metric, d, d, d)
     else:
-        return euclidean_weigh(d, d)
+        return euclidean_weigh(d, d, d)
 
 
 @triton.jit
@@ -244,8 +266,10 @@ def weigh_rows(
     live = word != 0
     d = widen(read_rows(live, g, i, n, T, BLOCK, ALIGNED, MASKED), S)
     if METRIC == ADAPTIVE:
-        u = adaptive_weigh(metric, d, widen(read_rows(live, w, i, n, T, BLOCK, ALIGNED, MASKED), S))
+        u = adaptive_weigh(metric, d, d, widen(read_rows(live, w, i, n, T, BLOCK, ALIGNED, MASKED), S))
+    elif METRIC == FISHER:
+        u = fisher_weigh(metric, d, d, d)
     else:
-        u = euclidean_weigh(d, d)
+        u = euclidean_weigh(d, d, d)
     # A choice, not a product: what is not selected may be infinite.
     return tl.where(bits_of(word, BLOCK), u, 0.0)

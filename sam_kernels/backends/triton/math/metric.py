@@ -5,12 +5,18 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..rounding import divide
+from ..rounding import divide, square_root
 from .power import power
 
 
 class Adaptive(NamedTuple):
     """T = |w| + eta"""
+
+    eta: tl.tensor
+
+
+class Fisher(NamedTuple):
+    """T = (1 + eta d^2)^(-1/2)"""
 
     eta: tl.tensor
 
@@ -22,14 +28,22 @@ class Power(NamedTuple):
     q: tl.tensor
 
 
-@triton.jit
-def euclidean_weigh(d, w):
-    return d
+# T u for the direction d, which is u itself where it is measured.
 
 
 @triton.jit
-def adaptive_weigh(self, d, w):
-    return (tl.abs(w) + self.eta) * d
+def euclidean_weigh(u, d, w):
+    return u
+
+
+@triton.jit
+def adaptive_weigh(self, u, d, w):
+    return (tl.abs(w) + self.eta) * u
+
+
+@triton.jit
+def fisher_weigh(self, u, d, w):
+    return divide(u, square_root(tl.fma(self.eta * d, d, 1.0)))
 
 
 @triton.jit

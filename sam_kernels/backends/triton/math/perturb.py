@@ -5,9 +5,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..codes import ADAPTIVE, COLUMN_EPS, COLUMN_RHO, LINEAR, SIGN
+from ..codes import ADAPTIVE, COLUMN_EPS, COLUMN_RHO, FISHER, LINEAR, SIGN
 from ..rounding import divide
-from .metric import adaptive_weigh, euclidean_weigh
+from .metric import adaptive_weigh, euclidean_weigh, fisher_weigh
 from .power import power
 
 
@@ -48,22 +48,24 @@ def apply_powered(self, u):
 @triton.jit
 def apply_perturb(self, w, d, METRIC: tl.constexpr, SHAPE: tl.constexpr):
     # T enters twice: u = T d is measured, T h(u) is the displacement.
-    u = _weigh(self.metric, d, w, METRIC)
+    u = _weigh(self.metric, d, d, w, METRIC)
     if SHAPE == LINEAR:
         h = apply_linear(u)
     elif SHAPE == SIGN:
         h = apply_sign(u)
     else:
         h = apply_powered(self.shape, u)
-    return tl.fma(self.scale, _weigh(self.metric, h, w, METRIC), w)
+    return tl.fma(self.scale, _weigh(self.metric, h, d, w, METRIC), w)
 
 
 @triton.jit
-def _weigh(metric, d, w, METRIC: tl.constexpr):
+def _weigh(metric, u, d, w, METRIC: tl.constexpr):
     if METRIC == ADAPTIVE:
-        return adaptive_weigh(metric, d, w)
+        return adaptive_weigh(metric, u, d, w)
+    elif METRIC == FISHER:
+        return fisher_weigh(metric, u, d, w)
     else:
-        return euclidean_weigh(d, w)
+        return euclidean_weigh(u, d, w)
 
 
 @triton.jit
