@@ -24,9 +24,9 @@ def trajectory_loss(logits: Tensor, reference: Tensor, temperature: float = 5.0)
         ValueError: if the shapes differ or the temperature is not positive.
 
     Example:
-        >>> ours, theirs = torch.tensor([[0.2, -0.1, 0.4]]), torch.tensor([[0.5, 0.0, 0.1]])
+        >>> ours, theirs = torch.tensor([[[0.2, -0.1, 0.4]], [[0.5, 0.0, 0.1]]], dtype=torch.float64)
         >>> round(float(trajectory_loss(ours, theirs)), 6)
-        0.031602
+        0.031605
 
     Source: Du et al., "Sharpness-Aware Training for Free", NeurIPS 2022, arXiv 2205.14083.
     """

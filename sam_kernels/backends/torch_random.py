@@ -96,7 +96,9 @@ def normal_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         a, b: int64 tensors of 32-bit words.
     """
-    radius = (logarithm((a >> 8) + 1) * -2.0).sqrt()
+    # In float64: torch's float32 root is off by a unit on some CPUs. Rounded twice, the root of a float32 is
+    # exact.
+    radius = (logarithm((a >> 8) + 1) * -2.0).double().sqrt().float()
     x, y = circle(b >> 8)
     return radius * x, radius * y
 

@@ -1,9 +1,9 @@
 """snapshot = w; w += scale * T * h(T * g), where the mask selects it.
 
 note: [a gradient as its own snapshot]
-A block reads all that it needs before it writes, but its threads wait for no one: one might write the snapshot
-where another has yet to read the gradient. Not where the block is aligned: there loads and stores lie alike
-over the threads, and each writes only what it alone has read. Elsewhere they wait.
+A block reads all that it needs before it writes, but its threads wait for no one: one might write the
+snapshot where another has yet to read the gradient. Not where the block is aligned: there loads and stores
+lie alike over the threads, and each writes only what it alone has read. Elsewhere they wait.
 """
 
 import triton
