@@ -86,6 +86,7 @@ struct Library {
   decltype(&samk_restore) restore = samk_restore;
   decltype(&samk_grad_stats) grad_stats = samk_grad_stats;
   decltype(&samk_combine) combine = samk_combine;
+  decltype(&samk_noise) noise = samk_noise;
   decltype(&samk_descend) descend = samk_descend;
   decltype(&samk_accumulate) accumulate = samk_accumulate;
   decltype(&samk_count) count = samk_count;
@@ -129,6 +130,7 @@ std::shared_ptr<Library> open_library(const std::string& path) {
   find(library->restore, "samk_restore");
   find(library->grad_stats, "samk_grad_stats");
   find(library->combine, "samk_combine");
+  find(library->noise, "samk_noise");
   find(library->descend, "samk_descend");
   find(library->accumulate, "samk_accumulate");
   find(library->count, "samk_count");
@@ -321,18 +323,19 @@ class Plan {
     run([&] { return library_->mark(plan_, &args); });
   }
 
-  void grad_stats(int lists, std::uintptr_t out) const {
+  void grad_stats(int lists, std::uintptr_t out, std::uintptr_t per_tensor) const {
     check_count("grad_stats", lists, kMaxLists, "lists");
     samk_grad_stats_args args{};
     for (int i = 0; i < lists; ++i) args.list[i] = list(static_cast<Slot>(kList0 + i));
     args.lists = lists;
     args.out = at<double>(out);
+    args.per_tensor = at<double>(per_tensor);
     args.workspace = workspace_;
     args.queue = queue_;
     run([&] { return library_->grad_stats(plan_, &args); });
   }
 
-  void combine(int lists, int outs, std::uintptr_t coefficients) const {
+  void combine(int lists, int outs, std::uintptr_t coefficients, bool per_tensor) const {
     check_count("combine_", lists, kMaxLists, "lists");
     check_count("combine_", outs, kMaxOuts, "outputs");
     samk_combine_args args{};
@@ -341,8 +344,22 @@ class Plan {
     args.lists = lists;
     args.outs = outs;
     args.coefficients = at<const double>(coefficients);
+    args.per_tensor = per_tensor;
     args.queue = queue_;
     run([&] { return library_->combine(plan_, &args); });
+  }
+
+  void noise(std::uint64_t seed, std::uint32_t step, const std::vector<std::uint32_t>& number) const {
+    if (number.size() != numel_.size()) {
+      throw std::invalid_argument("noise_: a number is needed for every tensor");
+    }
+    samk_noise_args args{};
+    args.out = list(kOut0);
+    args.seed = seed;
+    args.step = step;
+    args.number = number.data();
+    args.queue = queue_;
+    run([&] { return library_->noise(plan_, &args); });
   }
 
   // fresh: an empty list says that no momentum buffer is. with_momentum: by row of the table, whether it has
@@ -543,6 +560,7 @@ PYBIND11_MODULE(_native, m) {
       .def("restore", &Plan::restore)
       .def("grad_stats", &Plan::grad_stats)
       .def("combine", &Plan::combine)
+      .def("noise", &Plan::noise)
       .def("descend", &Plan::descend)
       .def("forget_masks", &Plan::forget_masks)
       .def("accumulate", &Plan::accumulate)

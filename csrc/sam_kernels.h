@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define SAMK_ABI_VERSION 4
+#define SAMK_ABI_VERSION 5
 
 enum samk_dtype { SAMK_F32 = 0, SAMK_F64 = 1, SAMK_BF16 = 2, SAMK_F16 = 3 };
 
@@ -47,7 +47,7 @@ typedef struct samk_list {
 // tensor t. A row is one param group under one metric, so one launch serves every param group.
 enum samk_column {
   SAMK_METRIC = 0,  // enum samk_metric: how weights are measured, or that they take no part
-  SAMK_ETA,         // floor added to |w| by SAMK_ADAPTIVE
+  SAMK_ETA,         // floor added to |w| by SAMK_ADAPTIVE, factor of d^2 in SAMK_FISHER
   SAMK_RHO,         // radius; negative where the base optimizer maximizes
   SAMK_EPS,         // added to the norm
   SAMK_LR,
@@ -66,10 +66,12 @@ enum samk_column {
 enum samk_metric {
   SAMK_FIXED = 0,      // not perturbed and not counted in the norm (masked out as a whole)
   SAMK_EUCLIDEAN = 1,  // T = 1
-  SAMK_ADAPTIVE = 2    // T = |w| + eta
+  SAMK_ADAPTIVE = 2,   // T = |w| + eta
+  SAMK_FISHER = 3      // T = (1 + eta g^2)^(-1/2); with SAMK_SQUARE and SAMK_LINEAR alone
 };
 
-// What one element u = T * g contributes to sq_norm, and the shape h(u) of the perturbation.
+// What one element u = T * g contributes to sq_norm, and the shape h(u) of the perturbation. q may be
+// infinite, for p = 1: the power is then 1 where |u| is the peak and 0 below.
 enum samk_moment {
   SAMK_SQUARE = 0 /* u^2 */,
   SAMK_PEAK = 1 /* max |u| */,
@@ -102,6 +104,7 @@ SAMK_API int64_t samk_plan_workspace_bytes(const samk_plan* plan);
 // out[0] = sum (or max) over tensors with data and a row that is not SAMK_FIXED of moment(T * g).
 // params may be absent unless a row is SAMK_ADAPTIVE. A NaN or infinity in any gradient that
 // counts makes out[0] non-finite, whatever the moment. out[0] is then taken to the power 1/root.
+// A row that is SAMK_FISHER is measured in squares: with another moment the sum of its tensors is NaN.
 typedef struct samk_sq_norm_args {
   samk_list grads, params;
   samk_list masks;  // note: [masks]; where there are some, only elements whose bit is set count
@@ -121,8 +124,12 @@ SAMK_API int samk_sq_norm(const samk_plan*, const samk_sq_norm_args*);
 // snapshot = w;  w += scale * T * h(T * g),  scale = rho / (norm + eps) * tensor_scale[t].
 // SAMK_SIGN uses scale = rho * tensor_scale[t]. A scale that is not finite in the calculating type is
 // taken as 0. A tensor without a snapshot is not perturbed. If *norm is not finite the weights keep their
-// bits (a branch, never a multiplication by zero) and the snapshot is still written. Tensors without gradient
-// data, or with a SAMK_FIXED row, are left alone altogether.
+// bits (a branch, never a multiplication by zero) and the snapshot is still written; so it is where a row is
+// SAMK_FISHER and the shape is not SAMK_LINEAR. Tensors without gradient data, or with a SAMK_FIXED row, are
+// left alone altogether.
+//
+// A tensor's gradient may be the same memory as its own snapshot, if that is whole: every element is read
+// before it is written, and the gradient is gone afterwards. Lists do not overlap otherwise.
 //
 // Where a tensor has a master, that fp32 weight is the truth and w its rounded copy: w = round(master + ...),
 // and no snapshot is written or needed.
@@ -154,7 +161,8 @@ SAMK_API int samk_restore(const samk_plan*, const samk_restore_args*);
 typedef struct samk_grad_stats_args {
   samk_list list[3];
   int32_t lists;
-  double* out;  // [lists * (lists + 1) / 2]
+  double* out;         // [lists * (lists + 1) / 2]
+  double* per_tensor;  // NULL, or [count, lists * (lists + 1) / 2]: the dots by tensor, in the same order
   void* workspace;
   samk_queue queue;
 } samk_grad_stats_args;
@@ -162,15 +170,29 @@ SAMK_API int samk_grad_stats(const samk_plan*, const samk_grad_stats_args*);
 
 // out[i] = sum_j coefficients[i * lists + j] * list[j] for up to 2 outputs and 3 lists; an output
 // may be one of the lists. A missing tensor counts as zero and a zero coefficient never reads.
+// With `per_tensor` every tensor has a block of coefficients, one after the other.
 typedef struct samk_combine_args {
   samk_list list[3];
   int32_t lists;
   samk_list out[2];
   int32_t outs;
-  const double* coefficients;  // device, [outs * lists]
+  const double* coefficients;  // device, [outs * lists], or [count * outs * lists]
+  int32_t per_tensor;          // 0 or 1
   samk_queue queue;
 } samk_combine_args;
 SAMK_API int samk_combine(const samk_plan*, const samk_combine_args*);
+
+// out = standard normal numbers, where there is data; see math/normal.h. A number is a function of seed,
+// step, number[t] and the element's place in memory: elements 4i to 4i + 3 come from one call of philox. They
+// are calculated in fp32, widened to fp64 or rounded once to a half type.
+typedef struct samk_noise_args {
+  samk_list out;
+  uint64_t seed;
+  uint32_t step;
+  const uint32_t* number;  // by tensor
+  samk_queue queue;
+} samk_noise_args;
+SAMK_API int samk_noise(const samk_plan*, const samk_noise_args*);
 
 // The base optimizer's update, reading the snapshot in place of w where there is one and writing w
 // once. A tensor with a snapshot and no gradient is restored; one with neither is left alone.

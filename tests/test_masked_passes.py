@@ -10,9 +10,11 @@ import torch
 from oracles.philox import random_word
 from test_passes import (
     ALL,
+    BF16,
     DTYPES,
     EMULATED,
     F32,
+    FISHER_ROWS,
     FOREACH,
     INTERPRETED,
     MIXED,
@@ -212,6 +214,31 @@ def test_the_masked_norm_is_that_of_the_selected_elements(side, dtype, moment):
     total = side.backend.sq_norm(group, moment=moment, masked=True)  # no masks: the whole norm
     joined = expected.max() if moment == "peak" else expected.sum()
     np.testing.assert_allclose(numbers(total), numbers(joined), rtol=SUM[dtype])
+
+
+@pytest.mark.parametrize("side", OTHERS)
+def test_fishers_metric_under_masks(side):
+    group, twin = (masked_group(F32, rows=FISHER_ROWS, device=side.device) for _ in range(2))
+    expected = reference.BACKEND.sq_norm(twin, masked=True, per_tensor=True)
+    each = side.backend.sq_norm(group, masked=True, per_tensor=True)
+    np.testing.assert_allclose(numbers(each), numbers(expected), rtol=SUM[F32])
+    for backend, own in ((side.backend, group), (reference.BACKEND, twin)):
+        backend.perturb_(own, scalar(3.0, side.device))
+    assert_close(group.params, twin.params, F32)
+
+
+@pytest.mark.parametrize("side", OTHERS)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_gradient_in_its_own_snapshot_under_masks(side, dtype):
+    group, twin = (masked_group(dtype, device=side.device) for _ in range(2))
+    before = copies(group.params)
+    for t, g in enumerate(group.grads):
+        group.grads[t] = group.snapshots[t].copy_(g)
+    for own in (group, twin):
+        side.backend.perturb_(own, scalar(3.0, side.device))
+    assert same_bits(group.params, twin.params)
+    side.backend.restore_(group)
+    assert same_bits(group.params, before)
 
 
 @pytest.mark.parametrize("side", OTHERS)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels.backends import foreach, native, reference, triton
-from sam_kernels.tensor_groups import ADAPTIVE, COLUMNS, EUCLIDEAN, FIXED, Column, TensorGroup
+from sam_kernels.tensor_groups import ADAPTIVE, COLUMNS, EUCLIDEAN, FISHER, FIXED, Column, TensorGroup
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "no_grad")
 
@@ -81,6 +81,12 @@ ROWS = [
     {Column.METRIC: EUCLIDEAN, Column.RHO: 0.5, Column.EPS: 1e-12, Column.LR: 0.1},
     {Column.METRIC: ADAPTIVE, Column.ETA: 0.01, Column.RHO: -0.3, Column.EPS: 1e-3, Column.LR: 0.2},
     {Column.METRIC: FIXED, Column.RHO: 7.0, Column.LR: 0.3},
+]
+# Fisher's metric is served for norms of order 2 alone, so it is no row of the others.
+FISHER_ROWS = [
+    {Column.METRIC: FISHER, Column.ETA: 3.0, Column.RHO: 0.5, Column.EPS: 1e-12},
+    {Column.METRIC: FISHER, Column.ETA: 0.2, Column.RHO: -0.3, Column.EPS: 1e-3},
+    ROWS[1],
 ]
 
 
@@ -178,7 +184,9 @@ def assert_close(got, expected, dtype, *, roundings=1.0, what=""):
 # ---- the formulas, in numpy and float64 ------------------------------------------------------------
 
 
-def oracle_weight(w, row):
+def oracle_weight(w, g, row):
+    if row[Column.METRIC] == FISHER:
+        return (1 + row[Column.ETA] * g**2) ** -0.5
     return np.abs(w) + row.get(Column.ETA, 0.0) if row[Column.METRIC] == ADAPTIVE else np.ones_like(w)
 
 
@@ -187,7 +195,7 @@ def oracle_u(group, rows=ROWS):
     return [
         None
         if g is None or rows[r][Column.METRIC] == FIXED
-        else oracle_weight(numbers(p), rows[r]) * numbers(g)
+        else oracle_weight(numbers(p), numbers(g), rows[r]) * numbers(g)
         for p, g, r in zip(group.params, group.grads, group.row, strict=True)
     ]
 
@@ -216,7 +224,7 @@ def oracle_perturbed(group, norm, shape, q=None, peak=None, tensor_scale=None, r
         )
         scale = row[Column.RHO] if shape == "sign" else row[Column.RHO] / (norm + row[Column.EPS])
         scale *= 1.0 if tensor_scale is None else tensor_scale[t]
-        new.append(w + scale * oracle_weight(w, row) * h(u))
+        new.append(w + scale * oracle_weight(w, numbers(group.grads[t]), row) * h(u))
     return new
 
 
@@ -585,6 +593,92 @@ def test_published_perturbations(side, name):
         np.testing.assert_allclose(numbers(new) - numbers(old), e, rtol=2e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("side", ALL)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shapes", "memory"), [(MIXED, "plain"), (LANES + CHUNKS, "misaligned")], ids=["mixed", "sizes"]
+)
+def test_fishers_metric_is_its_formula(side, dtype, shapes, memory):
+    group = make_group(dtype, shapes, rows=FISHER_ROWS, missing=(3,), memory=memory, device=side.device)
+    before, us = copies(group.params), oracle_u(group, FISHER_ROWS)
+    expected = oracle_sums(us, "square")
+    each = side.backend.sq_norm(group, per_tensor=True)
+    np.testing.assert_allclose(numbers(each), expected, rtol=SUM[dtype])
+    norm = side.backend.sq_norm(group, root=2.0)
+    np.testing.assert_allclose(numbers(norm), math.sqrt(expected.sum()), rtol=SUM[dtype])
+    moved = oracle_perturbed(group, numbers(norm / 8), "linear", rows=FISHER_ROWS)
+    if dtype in HALF:
+        moved = [numbers(torch.from_numpy(e).float().to(dtype)) for e in moved]
+    side.backend.perturb_(group, norm / 8)
+    assert_close(group.params, moved, dtype)
+    side.backend.restore_(group)
+    assert same_bits(group.params, before)
+
+
+@pytest.mark.parametrize("side", ALL)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+def test_one_bad_gradient_shows_under_fishers_metric(side, bad):
+    group = make_group(F32, rows=FISHER_ROWS, device=side.device)
+    group.grads[3][999] = bad
+    assert not torch.isfinite(side.backend.sq_norm(group))
+
+
+@pytest.mark.parametrize("side", [NATIVE, EMULATED])
+def test_fishers_metric_of_another_order_is_a_sentence(side):
+    group = make_group(F32, rows=FISHER_ROWS)
+    before, norm = copies(group.params), scalar(1.0)
+    with pytest.raises(
+        ValueError, match="sq_norm: .* with moment='square', not 'peak'; use backend='foreach'"
+    ):
+        side.backend.sq_norm(group, moment="peak")
+    with pytest.raises(ValueError, match="perturb_: .* with shape='linear', not 'sign'"):
+        side.backend.perturb_(group, norm, shape="sign")
+    assert same_bits(group.params, before)
+    assert side.backend.sq_norm(group, of="weight", moment="peak") > 0
+
+
+@pytest.mark.parametrize("side", ALL)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ["linear", "sign", "powered"])
+def test_a_gradient_may_lie_in_its_own_snapshot(side, dtype, shape):
+    """A random direction of smoothing needs no memory of its own then."""
+    rows = FISHER_ROWS if shape == "linear" else ROWS[:2]
+    group, twin = (make_group(dtype, LANES + CHUNKS, rows=rows, device=side.device) for _ in range(2))
+    before = copies(group.params)
+    for t, g in enumerate(group.grads):
+        group.grads[t] = group.snapshots[t].copy_(g)
+    arguments = {"q": 3.0, "peak": scalar(5.0, side.device)} if shape == "powered" else {}
+    for each in (group, twin):
+        side.backend.perturb_(each, scalar(3.0, side.device), shape=shape, **arguments)
+    assert same_bits(group.params, twin.params)
+    assert same_bits(group.snapshots, before)
+
+
+@pytest.mark.parametrize("side", ALL)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("metric", [EUCLIDEAN, ADAPTIVE], ids=["euclidean", "adaptive"])
+def test_the_ball_of_order_one_moves_the_largest_alone(side, dtype, metric):
+    """q is infinite: (|u| / peak)^q is 1 for those that tie as the largest, 0 for the next smaller number."""
+    row = {Column.METRIC: metric, Column.ETA: 0.5, Column.RHO: 0.25, Column.EPS: 0.0}
+    group = make_group(dtype, [(40,), (0,), (16390,)], rows=[row], device=side.device)
+    for t, place, g in [(0, 0, 70.0), (0, 39, -70.0), (2, 16384, 70.0), (2, 7, 69.5), (2, 3000, 0.0)]:
+        group.params[t][place], group.grads[t][place] = 0.5, g  # T = 1 under either metric
+    near = torch.nextafter(torch.tensor(70.0, dtype=dtype), torch.tensor(0.0, dtype=dtype))
+    group.params[2][16389], group.grads[2][16389] = 0.5, near.to(side.device)
+    before = copies(group.params)
+    peak = side.backend.sq_norm(group, moment="peak")
+    power = {"moment": "power", "q": math.inf, "peak": peak}
+    assert peak == 70.0
+    assert side.backend.sq_norm(group, **power) == 3.0
+    assert side.backend.sq_norm(group, per_tensor=True, **power).tolist() == [2.0, 0.0, 1.0]
+    side.backend.perturb_(group, scalar(1.0, side.device), shape="powered", q=math.inf, peak=peak)
+    expected = copies(before)
+    expected[0][0] += 0.25
+    expected[0][39] -= 0.25
+    expected[2][16384] += 0.25
+    assert all(torch.equal(p, e) for p, e in zip(group.params, expected, strict=True))
+
+
 # ---- restore_ --------------------------------------------------------------------------------------
 
 
@@ -639,6 +733,22 @@ def test_grad_stats_are_the_dots(side, dtype, count, missing):
     assert np.all(np.abs(numbers(dots) - expected) <= SUM[dtype] * np.array(size))
 
 
+@pytest.mark.parametrize("side", ALL)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_grad_stats_by_tensor(side, dtype, count):
+    group = make_group(dtype, [*MIXED, (16385,), (0,)], device=side.device)
+    lists = make_lists(group, count, missing={(0, 0), (1, 3), (2, 4)})
+    each = side.backend.grad_stats(group, lists, per_tensor=True)
+    pairs = [(i, j) for i in range(count) for j in range(i, count)]
+    assert each.dtype == F64 and each.shape == (len(group.params), len(pairs))
+    for t, row in enumerate(numbers(each)):
+        for got, (i, j) in zip(row, pairs, strict=True):
+            x, y = lists[i][t], lists[j][t]
+            products = np.zeros(1) if x is None or y is None else numbers(x) * numbers(y)
+            assert abs(got - products.sum()) <= SUM[dtype] * np.abs(products).sum(), (t, i, j)
+
+
 @pytest.mark.parametrize("side", OTHERS)
 def test_grad_stats_of_every_size(side):
     group = make_group(F32, [*LANES, *CHUNKS, (65535,), (65537,)], device=side.device)
@@ -679,6 +789,25 @@ def test_combine_is_the_weighted_sum(side, dtype, shapes):
             ]
         assert_close(out, expected, dtype, what=f"outs[{i}]")
     assert same_bits(lists[0] + lists[1] + lists[2], untouched)
+
+
+@pytest.mark.parametrize("side", ALL)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_combine_by_tensor(side, dtype):
+    """Every tensor's block gives what the same coefficients give it when all tensors share them."""
+    shapes = [*MIXED, (16385,), (0,)]
+    group = make_group(dtype, shapes, device=side.device)
+    lists = make_lists(group, 3, missing={(0, 0), (1, 3), (2, 3), (0, 3)})
+    outs, twins = make_lists(group, 2, missing={(1, 1)}), make_lists(group, 2, missing={(1, 1)})
+    weights = torch.randn(len(shapes), 2, 3, dtype=F64)
+    weights[4, :, 1] = 0.0
+    lists[1][4].fill_(math.nan)
+    side.backend.combine_(group, outs, lists, weights.to(side.device))
+    for t, own in enumerate(weights):
+        only = [[x if k == t else None for k, x in enumerate(tensors)] for tensors in twins]
+        reference.BACKEND.combine_(group, only, lists, own)
+    for got, expected in zip(outs, twins, strict=True):
+        assert_close(got, expected, dtype)
 
 
 @pytest.mark.parametrize("side", ALL)
@@ -1018,10 +1147,16 @@ def every_pass(backend, group, rule="adam"):
     norm, arguments = measure(backend, group, 1.5)
     backend.perturb_(group, norm, **arguments)
     perturbed = copies(group.params)
-    dots = backend.grad_stats(group, [group.grads, list(group.params)])
+    lists = [group.grads, list(group.params)]
+    dots = torch.cat(
+        [backend.grad_stats(group, lists), backend.grad_stats(group, lists, per_tensor=True).flatten()]
+    )
     weights = torch.tensor([[0.7, 0.2]], dtype=F64, device=group.device)
-    combined = copies(group.grads)
-    backend.combine_(group, [combined], [group.grads, list(group.params)], weights)
+    combined, noise = copies(group.grads), copies(group.grads)
+    backend.combine_(group, [combined], lists, weights)
+    factors = torch.linspace(0.5, 1.0, len(group.params), dtype=F64, device=group.device)
+    backend.combine_(group, [combined], [combined, list(group.params)], factors.view(-1, 1, 1) * weights)
+    backend.noise_(group, noise, 5, 6, list(range(len(noise))))
     group.grads = combined
     backend.descend_(group, rule, slots)
     return [
@@ -1032,6 +1167,7 @@ def every_pass(backend, group, rule="adam"):
         *group.params,
         *slots["exp_avg"],
         *slots["exp_avg_sq"],
+        *noise,
     ]
 
 
@@ -1090,6 +1226,7 @@ def test_thousands_of_tiny_tensors(side):
     )
     got, expected = every_pass(side.backend, group), every_pass(reference.BACKEND, twin)
     np.testing.assert_allclose(numbers(got[0]), numbers(expected[0]), rtol=1e-5)
+    np.testing.assert_allclose(numbers(got[1]), numbers(expected[1]), rtol=1e-5, atol=1e-3)
     assert_close(got[3:], expected[3:], F32, roundings=POWER)
 
 
@@ -1410,6 +1547,7 @@ def test_python_and_c_use_the_same_numbers():
         "SAMK_FIXED": FIXED,
         "SAMK_EUCLIDEAN": EUCLIDEAN,
         "SAMK_ADAPTIVE": ADAPTIVE,
+        "SAMK_FISHER": FISHER,
     }
     for enum, ours in (("moment", native._MOMENTS), ("shape", native._SHAPES), ("rule", native._RULES)):
         assert header_enum(f"samk_{enum}") == {f"SAMK_{name.upper()}": value for name, value in ours.items()}

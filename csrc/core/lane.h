@@ -43,6 +43,11 @@ SAMK_HD Lane<S> map(Lane<S> a, F f) {
   return Lane<S>(f(a.x));
 }
 
+// Of the plane: two numbers that come out of one calculation.
+struct Point {
+  float x, y;
+};
+
 // The type a stored type is calculated in, and the conversions both ways.
 template <class T>
 struct Stored {

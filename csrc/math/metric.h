@@ -1,6 +1,8 @@
-// How weights are measured (T), and what one element adds to the norm.
+// How weights are measured (T u, with d the gradient), and what one element adds to the norm.
 #ifndef SAM_KERNELS_MATH_METRIC_H_
 #define SAM_KERNELS_MATH_METRIC_H_
+
+#include <cmath>
 
 #include "core/hd.h"
 #include "math/power.h"
@@ -11,8 +13,8 @@ namespace samk {
 struct Euclidean {
   static constexpr bool kReadsWeight = false;
   template <class V>
-  SAMK_HD V weigh(V d, V /*w*/) const {
-    return d;
+  SAMK_HD V weigh(V u, V /*d*/, V /*w*/) const {
+    return u;
   }
 };
 
@@ -22,8 +24,19 @@ struct Adaptive {
   static constexpr bool kReadsWeight = true;
   S eta;
   template <class V>
-  SAMK_HD V weigh(V d, V w) const {
-    return (abs(w) + V(eta)) * d;
+  SAMK_HD V weigh(V u, V /*d*/, V w) const {
+    return (abs(w) + V(eta)) * u;
+  }
+};
+
+// T = (1 + eta d^2)^(-1/2), d the gradient whatever is weighed: a displacement T h(T d) is weighed by T of d.
+template <class S>
+struct Fisher {
+  static constexpr bool kReadsWeight = false;
+  S eta;
+  template <class V>
+  SAMK_HD V weigh(V u, V d, V /*w*/) const {
+    return u / sqrt(fma(V(eta) * d, d, V(S(1))));
   }
 };
 

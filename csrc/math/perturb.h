@@ -47,7 +47,8 @@ struct Perturb {
   template <class V>
   SAMK_HD V operator()(V w, V d) const {
     // T enters twice: u = T d is measured, T h(u) is the displacement.
-    return fma(V(scale), metric.weigh(shape(metric.weigh(d, w)), w), w);
+    const V u = metric.weigh(d, d, w);
+    return fma(V(scale), metric.weigh(shape(u), d, w), w);
   }
 };
 

@@ -142,6 +142,17 @@ void test_passes(int32_t code, int shift, int32_t shape) {
     }
   }
 
+  // A snapshot may be where the gradient is.
+  List<T> both = g, moved = start;
+  auto boths = both.data(), moves = moved.data();
+  a.params.data = moves.data();
+  a.grads.data = a.snapshots.data = boths.data();
+  CHECK(samk_perturb(plan.plan, &a) == 0);
+  CHECK(same(moved, w));
+  const samk_restore_args back{{moves.data(), code}, {boths.data(), code}, {ms.data(), 0}, {}, {}};
+  CHECK(samk_restore(plan.plan, &back) == 0);
+  CHECK(same(moved, start));
+
   samk_descend_args d{};
   d.params = {ws.data(), code};
   d.grads = {gs.data(), code};

@@ -7,6 +7,8 @@
 
 #include "core/chunk_plan.h"
 #include "core/half.h"
+#include "math/normal.h"
+#include "math/random.h"
 #include "tests/check.h"
 
 #ifdef SAMK_EMULATED
@@ -93,6 +95,16 @@ struct List {
   }
   T* at(size_t t) const { return static_cast<T*>(data[t]); }
   samk_list list() const { return {data.data(), code<T>()}; }
+  // The same values in memory of its own.
+  List copy() const {
+    List twin(*this);
+    for (size_t t = 0; t < memory.size(); ++t) {
+      if (data[t] != nullptr && !memory[t].empty()) {
+        twin.data[t] = twin.memory[t].data() + (static_cast<T*>(data[t]) - memory[t].data());
+      }
+    }
+    return twin;
+  }
   bool operator==(const List& other) const {
     for (size_t t = 0; t < memory.size(); ++t) {
       if (!same_bytes(memory[t].data(), other.memory[t].data(), memory[t].size() * sizeof(T))) return false;
@@ -317,6 +329,20 @@ class Passes {
     CHECK(samk_grad_stats(plan, &a) == 0);
     for (int k = 0; k < 6; ++k)
       CHECK(std::fabs(got[k] - expected[k]) <= 2e-6 * std::max(1.0, expected[0] + expected[3]));
+    double again[6], sums[6] = {};
+    std::vector<double> each(6 * sizes.size() + 1, kNaN);
+    a.out = again;
+    a.per_tensor = each.data();
+    CHECK(samk_grad_stats(plan, &a) == 0);
+    CHECK(same_bytes(again, got, sizeof got) && std::isnan(each.back()));
+    for (size_t t = 0; t < sizes.size(); ++t) {
+      double square = 0;
+      for (int64_t i = 0; i < sizes[t]; ++i) square += value(y.at(t)[i]) * value(y.at(t)[i]);
+      CHECK(close(each[6 * t + 5], square, 2e-6));
+      CHECK(g.data[t] != nullptr || (each[6 * t] == 0 && each[6 * t + 1] == 0 && each[6 * t + 2] == 0));
+      for (int k = 0; k < 6; ++k) sums[k] += each[6 * t + k];
+    }
+    for (int k = 0; k < 6; ++k) CHECK(std::fabs(sums[k] - got[k]) <= 1e-12 * (1 + got[3] + got[5]));
 
     const double coefficients[6] = {0.5, 0.0, -2.0, 1.0, 1.0, 1.0};
     const List<T> old_y(y);
@@ -338,6 +364,127 @@ class Passes {
         CHECK(close(value(y.at(t)[i]), gi + xi + yi, tolerance<T>()));
       }
     }
+
+    // Every third tensor takes the first list, the next the second, and the others nothing.
+    std::vector<double> blocks;
+    for (size_t t = 0; t < sizes.size(); ++t) {
+      for (int l = 0; l < 2; ++l) blocks.push_back(t % 3 == static_cast<size_t>(l) ? 2.0 : 0.0);
+    }
+    c.list[0] = x.list();
+    c.list[1] = y.list();
+    c.lists = 2;
+    c.outs = 1;
+    c.coefficients = blocks.data();
+    c.per_tensor = 1;
+    CHECK(samk_combine(plan, &c) == 0);
+    for (size_t t = 0; t < sizes.size(); ++t) {
+      for (int64_t i = 0; i < sizes[t]; ++i) {
+        const double from = t % 3 == 0 ? value(x.at(t)[i]) : t % 3 == 1 ? value(y.at(t)[i]) : 0;
+        CHECK(close(value(out.at(t)[i]), 2 * from, tolerance<T>()));
+      }
+    }
+  }
+
+  // Row 0 measured by Fisher's metric, while row 1 stays adaptive.
+  void test_fisher() {
+    table.rows[SAMK_METRIC] = SAMK_FISHER;
+    table.rows[SAMK_ETA] = 2;
+    const auto factor = [&](size_t t, double old, double d) {
+      return row[t] == 0 ? 1 / std::sqrt(1 + 2 * d * d) : weight(t, old);
+    };
+    double square = 0, size = 2;
+    bool is_measured = false;
+    for (size_t t = 0; t < sizes.size(); ++t) {
+      if (!moves(t)) continue;
+      is_measured |= row[t] == 0 && sizes[t] > 0;
+      for (int64_t i = 0; i < sizes[t]; ++i) {
+        const double d = value(g.at(t)[i]), u = factor(t, value(w.at(t)[i]), d) * d;
+        square += u * u;
+      }
+    }
+    CHECK(close(norm(SAMK_SQUARE, nullptr, 0, nullptr), square, 2e-6));
+    CHECK(std::isnan(norm(SAMK_PEAK, nullptr, 0, nullptr)) == is_measured);
+    CHECK(std::isnan(norm(SAMK_POWER, &size, 1.5, nullptr)) == is_measured);
+    for (int shape : {SAMK_LINEAR, SAMK_SIGN}) {
+      List<T> s(sizes, shift, nullptr);
+      perturb(shape, 0, nullptr, size, g, s);
+      for (size_t t = 0; t < sizes.size(); ++t) {
+        if (!moves(t)) continue;
+        CHECK(same_bytes(s.at(t), start.memory[t].data() + shift, sizes[t] * sizeof(T)));
+        for (int64_t i = 0; i < sizes[t]; ++i) {
+          const double old = value(s.at(t)[i]), d = value(g.at(t)[i]), by = factor(t, old, d);
+          if (shape == SAMK_LINEAR) {
+            CHECK(close(value(w.at(t)[i]), old + 0.7 / (2.0 + 1e-12) * by * by * d, tolerance<T>()));
+          } else if (row[t] == 0) {
+            CHECK(value(w.at(t)[i]) == old);
+          }
+        }
+      }
+      put_back();
+    }
+    table = Table();
+  }
+
+  // A snapshot where the gradient is gets the weights, and these what they get from a gradient elsewhere.
+  void test_gradient_in_its_snapshot() {
+    const double peak = 0.8, size = 2;
+    for (int shape : {SAMK_LINEAR, SAMK_SIGN, SAMK_POWERED}) {
+      List<T> s(sizes, shift, nullptr), both = g.copy();
+      perturb(shape, 1.5, &peak, size, g, s);
+      const List<T> moved(w);
+      put_back();
+      perturb(shape, 1.5, &peak, size, both, both);
+      CHECK(w == moved);
+      for (size_t t = 0; t < sizes.size(); ++t) {
+        const void* expected = moves(t) ? static_cast<void*>(start.memory[t].data() + shift) : g.data[t];
+        if (g.data[t] != nullptr) CHECK(same_bytes(both.at(t), expected, sizes[t] * sizeof(T)));
+      }
+      put_back();
+    }
+  }
+
+  // An infinite q: what ties as the largest counts 1 and moves, and nothing else does.
+  void test_order_one() {
+    const double q = std::numeric_limits<double>::infinity();
+    const double peak = norm(SAMK_PEAK, nullptr, 0, nullptr), ties = norm(SAMK_POWER, &peak, q, nullptr);
+    List<T> s(sizes, shift, nullptr);
+    perturb(SAMK_POWERED, q, &peak, 1.0, g, s);
+    int64_t moved = 0;
+    for (size_t t = 0; t < sizes.size(); ++t) {
+      for (int64_t i = 0; i < sizes[t]; ++i) {
+        const double old = value(start.memory[t][i + shift]);
+        moved += value(w.at(t)[i]) != old;
+        CHECK(std::fabs(value(w.at(t)[i]) - old) <= 0.7 * (moves(t) ? weight(t, old) : 0) * 1.01);
+      }
+    }
+    CHECK(static_cast<double>(moved) == ties && (moved > 0) == (peak > 0));
+    put_back();
+  }
+
+  void test_noise() {
+    constexpr uint64_t kSeed = 0x9123456789abcdef;
+    List<T> out(sizes, shift, nullptr);
+    std::vector<uint32_t> number;
+    for (size_t t = 0; t < sizes.size(); ++t) {
+      number.push_back(static_cast<uint32_t>(0x90000001u * t));
+      if (g.data[t] == nullptr) out.data[t] = nullptr;
+    }
+    List<T> expected = out.copy();
+    for (size_t t = 0; t < sizes.size(); ++t) {
+      for (int64_t i = 0; i < sizes[t] && out.data[t] != nullptr; ++i) {
+        const samk::Words x = samk::random_words(kSeed, 5, number[t], i);
+        const samk::Point at = i % 4 < 2 ? samk::normal_pair(x.x0, x.x1) : samk::normal_pair(x.x2, x.x3);
+        expected.at(t)[i] = cast<T>(i % 2 == 0 ? at.x : at.y);
+      }
+    }
+    samk_noise_args a{};
+    a.out = out.list();
+    a.seed = kSeed;
+    a.step = 5;
+    CHECK(samk_noise(plan, &a) != 0);  // without numbers
+    a.number = number.data();
+    CHECK(samk_noise(plan, &a) == 0);
+    CHECK(out == expected);
   }
 
   // All results of one round of passes, to compare between threads and instruction sets bit for bit.
@@ -365,6 +512,11 @@ class Passes {
     p.table = table.rows.data();
     p.norm = &square;
     samk_perturb(plan, &p);
+    List<T> both = g.copy();
+    const List<T> moved(w);
+    put_back();
+    perturb(SAMK_LINEAR, 0, nullptr, square, both, both);
+    CHECK(w == moved);
     std::vector<unsigned char> bytes;
     const auto add = [&](const void* data, size_t size) {
       const auto* from = static_cast<const unsigned char*>(data);
@@ -400,8 +552,17 @@ class Passes {
     a.lists = 2;
     a.out = dots;
     a.workspace = workspace.data();
+    std::vector<double> each(3 * sizes.size());
+    a.per_tensor = each.data();
     samk_grad_stats(plan, &a);
     add(dots, sizeof dots);
+    add(each.data(), each.size() * sizeof(double));
+    std::vector<uint32_t> number(sizes.size(), 9);
+    samk_noise_args n{};
+    n.out = m.list();
+    n.number = number.data();
+    samk_noise(plan, &n);
+    for (size_t t = 0; t < sizes.size(); ++t) add(m.at(t), sizes[t] * sizeof(T));
     add(&square, sizeof square);
     add(per_tensor.data(), per_tensor.size() * sizeof(double));
     for (size_t t = 0; t < sizes.size(); ++t) w.memory[t] = start.memory[t];
@@ -409,6 +570,26 @@ class Passes {
   }
 
  private:
+  void perturb(int shape, double q, const double* peak, double size, const List<T>& grads,
+               const List<T>& snapshots) {
+    samk_perturb_args a{};
+    a.params = w.list();
+    a.grads = grads.list();
+    a.snapshots = snapshots.list();
+    a.row = row.data();
+    a.table = table.rows.data();
+    a.shape = shape;
+    a.q = q;
+    a.peak = peak;
+    a.norm = &size;
+    CHECK(samk_perturb(plan, &a) == 0);
+  }
+
+  // In the same memory: data points there.
+  void put_back() {
+    for (size_t t = 0; t < sizes.size(); ++t) w.memory[t] = start.memory[t];
+  }
+
   double norm(int moment, const double* peak, double q, double* per_tensor) {
     double out = kNaN;
     samk_sq_norm_args a{};
@@ -462,6 +643,10 @@ void run_all(const Case& c) {
   passes.test_perturb_and_restore();
   passes.test_descend();
   passes.test_stats_and_combine();
+  passes.test_fisher();
+  passes.test_gradient_in_its_snapshot();
+  passes.test_order_one();
+  passes.test_noise();
 }
 
 // Over no tensors a sum is 0, and is written.

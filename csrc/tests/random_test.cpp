@@ -1,7 +1,10 @@
 // Random words against the published vectors and, for awkward arguments, one checksum shared with
-// tests/test_random.py.
+// tests/test_random.py; normal numbers against the library's functions in double.
 #include "math/random.h"
 
+#include <cmath>
+
+#include "math/normal.h"
 #include "tests/check.h"
 
 using samk::philox;
@@ -66,6 +69,38 @@ void test_uniform() {
   }
 }
 
+// Whole numbers from the least to the largest, and both sides of where the mantissa and the quadrant change.
+void test_logarithm_and_circle() {
+  const double turn = 8 * std::atan(1.0), whole = 1 << 24;
+  std::vector<uint32_t> wholes = {0, 1, 2, 3, (1u << 24) - 1};
+  for (uint32_t h = 0; h < 1u << 24; h += 997) wholes.push_back(h);
+  for (uint32_t edge : {1u << 21, 3u << 21, 5u << 21, 7u << 21, 11863283u, 1u << 23}) {
+    for (uint32_t h = edge - 2; h < edge + 3; ++h) wholes.push_back(h);
+  }
+  for (uint32_t h : wholes) {
+    const double logarithm = std::log((h + 1) / whole);
+    CHECK(std::fabs(samk::logarithm(h + 1) - logarithm) <= 2e-7 * std::fabs(logarithm));
+    const samk::Point at = samk::circle(h);
+    CHECK(std::fabs(at.x - std::cos(turn * h / whole)) <= 2e-7);
+    CHECK(std::fabs(at.y - std::sin(turn * h / whole)) <= 2e-7);
+  }
+  CHECK(samk::logarithm(1 << 24) == 0 && samk::circle(0).x == 1 && samk::circle(1 << 22).y == 1);
+}
+
+void test_normal_pair() {
+  const double turn = 8 * std::atan(1.0), whole = 1 << 24;
+  for (uint32_t a = 0; a < 0xfff00000; a += 0x10001) {
+    const uint32_t b = a * 2654435761u;
+    const samk::Point got = samk::normal_pair(a, b);
+    const double radius = std::sqrt(-2 * std::log(((a >> 8) + 1) / whole)), angle = turn * (b >> 8) / whole;
+    CHECK(std::fabs(got.x - radius * std::cos(angle)) <= 3e-6);
+    CHECK(std::fabs(got.y - radius * std::sin(angle)) <= 3e-6);
+  }
+  // The largest radius, and none at all.
+  CHECK(std::fabs(samk::normal_pair(0, 0).x - std::sqrt(48 * std::log(2.0))) <= 1e-6);
+  CHECK(samk::normal_pair(0xffffffff, 0).x == 0);
+}
+
 }  // namespace
 
 int main() {
@@ -73,5 +108,7 @@ int main() {
   test_words();
   test_checksum();
   test_uniform();
+  test_logarithm_and_circle();
+  test_normal_pair();
   return finish("random_test");
 }

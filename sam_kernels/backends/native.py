@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..ranks import Ranks
-from ..tensor_groups import TensorGroup
+from ..tensor_groups import FISHER, TensorGroup
 from .handover import count_descent, count_perturbation, count_write, has_momentum, measured, scalars
 
 # SAMK_ABI_VERSION of csrc/sam_kernels.h
@@ -91,6 +91,8 @@ class Native:
         per_tensor: bool = False,
         masked: bool = False,
     ) -> Tensor:
+        if of == "gradient":
+            _check_fisher(group, "sq_norm", "moment", moment, "square")
         plan = self._plan(group)
         _point_masks(plan, group)
         table, tensors, reads_weights = measured(group, of)
@@ -127,6 +129,7 @@ class Native:
         peak: Tensor | None = None,
         tensor_scale: Tensor | None = None,
     ) -> None:
+        _check_fisher(group, "perturb_", "shape", shape, "linear")
         plan = self._plan(group)
         plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
         # The norm has just read the addresses of these very gradients.
@@ -146,14 +149,18 @@ class Native:
         plan.restore()
         count_write(group.params, group.snapshots, present)
 
-    def grad_stats(self, group: TensorGroup, lists: list[list[Tensor | None]]) -> Tensor:
+    def grad_stats(
+        self, group: TensorGroup, lists: list[list[Tensor | None]], *, per_tensor: bool = False
+    ) -> Tensor:
         plan = self._plan(group)
         for i, tensors in enumerate(lists):
             _point_foreign(plan, group, _native.LISTS + i, f"lists[{i}]", tensors)
         count = len(lists) * (len(lists) + 1) // 2
         dots = torch.empty(count, dtype=torch.float64, device=group.device)
-        plan.grad_stats(len(lists), dots.data_ptr())
-        return dots
+        shape = len(group.params), count
+        each = torch.empty(shape, dtype=torch.float64, device=group.device) if per_tensor else None
+        plan.grad_stats(len(lists), dots.data_ptr(), _at(each))
+        return dots if each is None else each
 
     def combine_(
         self,
@@ -170,9 +177,17 @@ class Native:
             for i, tensors in enumerate(outs)
         ]
         weights = scalars(coefficients, group, torch.float64)
-        plan.combine(len(lists), len(outs), _at(weights))
+        plan.combine(len(lists), len(outs), _at(weights), coefficients.dim() == 3)
         for out, count in zip(outs, present, strict=True):
             count_write(out, out, count)
+
+    def noise_(
+        self, group: TensorGroup, outs: list[Tensor | None], seed: int, step: int, numbers: list[int]
+    ) -> None:
+        plan = self._plan(group)
+        present = _point_foreign(plan, group, _native.OUTS, "outs", outs)
+        plan.noise(seed, step, numbers)
+        count_write(outs, outs, present)
 
     def descend_(
         self,
@@ -345,6 +360,15 @@ def _stream(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":
         return 0, 0
     return torch.cuda.current_stream(device).cuda_stream, device.index
+
+
+def _check_fisher(group: TensorGroup, name: str, what: str, asked: str, served: str) -> None:
+    """Fisher's metric is compiled for norms of order 2 alone, and a device's table cannot be asked."""
+    if asked != served and any(metric == FISHER for _, metric, _ in group.keys):
+        raise ValueError(
+            f"{name}: the native passes serve Fisher's metric with {what}={served!r}, not {asked!r}; "
+            "use backend='foreach'"
+        )
 
 
 def _point_snapshots(plan: Any, group: TensorGroup) -> int:

@@ -48,12 +48,13 @@ int combine(const samk_plan& plan, const samk_combine_args& a) {
       T* out[2] = {};
       int outs = 0;
       bool streaming = large;
+      const int64_t block = a.per_tensor != 0 ? chunk.tensor * int64_t{a.outs} * a.lists : 0;
       for (int o = 0; o < a.outs; ++o) {
         T* const y = element<T>(a.out[o], chunk.tensor, chunk.begin);
         if (y == nullptr) continue;
         for (int l = 0; l < a.lists; ++l) {
           const T* x = element<T>(a.list[l], chunk.tensor, chunk.begin);
-          sum[outs].add(x, a.coefficients[o * a.lists + l]);
+          sum[outs].add(x, a.coefficients[block + o * a.lists + l]);
           // What was just read is in the cache; writing around it would only cost.
           if (x == y) streaming = false;
         }

@@ -15,6 +15,7 @@
   int restore(const samk_plan&, const samk_restore_args&);       \
   int grad_stats(const samk_plan&, const samk_grad_stats_args&); \
   int combine(const samk_plan&, const samk_combine_args&);       \
+  int noise(const samk_plan&, const samk_noise_args&);           \
   int descend(const samk_plan&, const samk_descend_args&);       \
   int accumulate(const samk_plan&, const samk_accumulate_args&); \
   int count(const samk_plan&, const samk_count_args&);           \
@@ -28,6 +29,7 @@
    samk::isa::restore,    \
    samk::isa::grad_stats, \
    samk::isa::combine,    \
+   samk::isa::noise,      \
    samk::isa::descend,    \
    samk::isa::accumulate, \
    samk::isa::count,      \
@@ -103,6 +105,9 @@ int samk_grad_stats(const samk_plan* plan, const samk_grad_stats_args* args) {
 }
 int samk_combine(const samk_plan* plan, const samk_combine_args* args) {
   return samk::guarded("combine_", [&] { return samk::passes().combine(*plan, *args); });
+}
+int samk_noise(const samk_plan* plan, const samk_noise_args* args) {
+  return samk::guarded("noise_", [&] { return samk::passes().noise(*plan, *args); });
 }
 int samk_descend(const samk_plan* plan, const samk_descend_args* args) {
   return samk::guarded("descend_", [&] { return samk::passes().descend(*plan, *args); });

@@ -68,9 +68,14 @@ int grad_stats(const samk_plan& plan, const samk_grad_stats_args& a) {
     return 0;
   });
   if (status != 0) return status;
-  for (int k = 0; k < dots; ++k) a.out[k] = 0;
+  std::fill_n(a.out, dots, 0.0);
+  if (a.per_tensor != nullptr) std::fill_n(a.per_tensor, plan.chunks.count() * dots, 0.0);
   for (size_t c = 0; c < chunks.size(); ++c) {
-    for (int k = 0; k < dots; ++k) a.out[k] += partials[c * dots + k];
+    for (int k = 0; k < dots; ++k) {
+      const double own = partials[c * dots + k];
+      a.out[k] += own;
+      if (a.per_tensor != nullptr) a.per_tensor[chunks[c].tensor * int64_t{dots} + k] += own;
+    }
   }
   return 0;
 }

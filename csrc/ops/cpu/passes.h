@@ -13,6 +13,7 @@ struct Passes {
   int (*restore)(const samk_plan&, const samk_restore_args&);
   int (*grad_stats)(const samk_plan&, const samk_grad_stats_args&);
   int (*combine)(const samk_plan&, const samk_combine_args&);
+  int (*noise)(const samk_plan&, const samk_noise_args&);
   int (*descend)(const samk_plan&, const samk_descend_args&);
   int (*accumulate)(const samk_plan&, const samk_accumulate_args&);
   int (*count)(const samk_plan&, const samk_count_args&);
@@ -29,6 +30,7 @@ int perturb(const samk_plan&, const samk_perturb_args&);
 int restore(const samk_plan&, const samk_restore_args&);
 int grad_stats(const samk_plan&, const samk_grad_stats_args&);
 int combine(const samk_plan&, const samk_combine_args&);
+int noise(const samk_plan&, const samk_noise_args&);
 int descend(const samk_plan&, const samk_descend_args&);
 int accumulate(const samk_plan&, const samk_accumulate_args&);
 int count(const samk_plan&, const samk_count_args&);

@@ -8,6 +8,7 @@ namespace samk {
 namespace SAMK_ISA {
 namespace {
 
+// A snapshot may be where the gradient is, so every pack of that is read before the same pack is saved.
 template <class T, class Math>
 void perturb_chunk(T* w, const T* g, T* snapshot, int64_t n, bool streaming, const Math& math) {
   sweep_streaming(n, streaming, [&](int64_t i, auto part, auto stream) {
@@ -151,17 +152,22 @@ int perturb(const samk_plan& plan, const samk_perturb_args& a) {
           T* w = element<T>(a.params, t, chunk.begin);
           const T* g = element<T>(a.grads, t, chunk.begin);
           T* s = element<T>(a.snapshots, t, chunk.begin);
-          const bool streaming = large && can_stream(s);
+          // What was just read is in the cache; writing around it would only cost.
+          const bool streaming = large && s != g && can_stream(s);
+          const bool is_fisher = row[SAMK_METRIC] == SAMK_FISHER;
           const uint64_t* words = words_of(a.masks, chunk);
           T* compact = compact_of<T>(a.snapshots, a.offsets, chunk);
-          if (!is_safe) {
+          if (!is_safe || (is_fisher && a.shape != SAMK_LINEAR)) {
             return compact != nullptr ? save_selected(compact, w, words, chunk.size)
                                       : copy_words(s, w, words, chunk.size, streaming);
           }
           const Site<T> at{w, g, s, compact, words, chunk.size, streaming};
           const double own = a.tensor_scale == nullptr ? 1.0 : a.tensor_scale[t];
           const S scale = perturb_scale<S>(row, a.shape, *a.norm, own);
-          if (row[SAMK_METRIC] == SAMK_ADAPTIVE) {
+          if (is_fisher) {
+            const Fisher<S> metric{static_cast<S>(row[SAMK_ETA])};
+            at.perturb(Perturb<S, Fisher<S>, Linear>{scale, metric, {}});
+          } else if (row[SAMK_METRIC] == SAMK_ADAPTIVE) {
             const Adaptive<S> metric{static_cast<S>(row[SAMK_ETA])};
             perturb_shaped(a, at, scale, metric);
           } else {

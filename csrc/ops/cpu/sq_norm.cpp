@@ -19,16 +19,23 @@ constexpr int kAccumulators = 4;
 // closer to 0 than to any other fp32 number, may count as 0. That takes less than 2^-150 from a sum for each.
 constexpr double kLargeSum = 1e38, kSmallSum = 1e-30;
 
+// T d of the elements at i. Weights are read only where the metric looks at them.
+template <class T, class Metric, class Part>
+SAMK_INLINE auto weighed(const T* g, const T* w, int64_t i, const Metric& metric, Part part) {
+  const auto d = part.get(g + i);
+  if constexpr (Metric::kReadsWeight) {
+    return metric.weigh(d, d, part.get(w + i));
+  } else {
+    return metric.weigh(d, d, d);
+  }
+}
+
 template <class T, class Metric, class Moment>
 double sum_chunk(const T* g, const T* w, int64_t n, const Metric& metric, const Moment& moment) {
   using V = typename Opmath<T>::V;
   using S = typename Opmath<T>::S;
   V acc[kAccumulators] = {V(S(0)), V(S(0)), V(S(0)), V(S(0))};
-  const auto term = [&](int64_t i, auto part) {
-    const V d = part.get(g + i);
-    if constexpr (Metric::kReadsWeight) return moment(metric.weigh(d, part.get(w + i)));
-    return moment(metric.weigh(d, d));
-  };
+  const auto term = [&](int64_t i, auto part) { return moment(weighed(g, w, i, metric, part)); };
   const int64_t quarter = n / (kAccumulators * kLanes) * kLanes;
   for (int64_t i = 0; i < quarter; i += kLanes) {
 #pragma GCC unroll 4
@@ -49,10 +56,7 @@ double sum_words(const T* g, const T* w, const uint64_t* words, int64_t n, const
   using S = typename Opmath<T>::S;
   V acc[kAccumulators] = {V(S(0)), V(S(0)), V(S(0)), V(S(0))};
   const auto term = [&](int64_t i, auto part) {
-    const V d = part.get(g + i);
-    V u = d;
-    if constexpr (Metric::kReadsWeight) u = metric.weigh(d, part.get(w + i));
-    return moment(select(bits_at(words, i), u, V(S(0))));
+    return moment(select(bits_at(words, i), weighed(g, w, i, metric, part), V(S(0))));
   };
   const auto add_run = [&](int64_t begin, int64_t size) {
     const int64_t end = begin + size, quarter = size / (kAccumulators * kLanes) * kLanes;
@@ -85,7 +89,8 @@ double wide_squares(const T* g, const T* w, const uint64_t* words, int64_t n, co
     store(ws, part.get((Metric::kReadsWeight ? w : g) + i));
     for (int k = 0; k < part.lanes(); ++k) {
       if (words != nullptr && !has_bit(words, i + k)) continue;
-      const double u = metric.weigh(Lane<double>(gs[k]), Lane<double>(ws[k])).x;
+      const Lane<double> d(gs[k]);
+      const double u = metric.weigh(d, d, Lane<double>(ws[k])).x;
       total += u * u;
     }
   });
@@ -99,9 +104,7 @@ double peak_chunk(const T* g, const T* w, const uint64_t* words, int64_t n, cons
   using S = typename Opmath<T>::S;
   V peak(S(0)), poison(S(0));
   sweep(n, [&](int64_t i, auto part) {
-    const V d = part.get(g + i);
-    V u = d;
-    if constexpr (Metric::kReadsWeight) u = metric.weigh(d, part.get(w + i));
+    V u = weighed(g, w, i, metric, part);
     if constexpr (kMasked) u = select(bits_at(words, i), u, V(S(0)));
     poison = poison + u * V(S(0));  // max drops a NaN, 0 * inf makes one
     peak = max(peak, abs(u));
@@ -132,6 +135,18 @@ struct Site {
   }
 };
 
+// See note: [range of squares].
+template <class T, class Metric>
+double square_chunk(const Site<T>& at, const Metric& metric) {
+  const double sum = at.sum(metric, Square{});
+  if constexpr (!std::is_same<T, double>::value) {
+    if (!(sum <= kLargeSum) || (sum != 0 && sum < kSmallSum)) {
+      return wide_squares(at.g, at.w, at.words, at.n, metric);
+    }
+  }
+  return sum;
+}
+
 template <class T, class Metric>
 double measure_chunk(const samk_sq_norm_args& a, const Site<T>& at, const Metric& metric) {
   using S = typename Opmath<T>::S;
@@ -140,15 +155,8 @@ double measure_chunk(const samk_sq_norm_args& a, const Site<T>& at, const Metric
       return at.peak(metric);
     case SAMK_POWER:
       return at.sum(metric, Power<S>{static_cast<S>(*a.peak), static_cast<S>(a.q)});
-    default: {
-      const double sum = at.sum(metric, Square{});
-      if constexpr (std::is_same<S, float>::value) {
-        if (!(sum <= kLargeSum) || (sum != 0 && sum < kSmallSum)) {
-          return wide_squares(at.g, at.w, at.words, at.n, metric);
-        }
-      }
-      return sum;
-    }
+    default:
+      return square_chunk(at, metric);
   }
 }
 
@@ -170,6 +178,9 @@ int sq_norm(const samk_plan& plan, const samk_sq_norm_args& a) {
         partials[c] = 0;
       } else if (row[SAMK_METRIC] == SAMK_ADAPTIVE) {
         partials[c] = measure_chunk(a, at, Adaptive<S>{static_cast<S>(row[SAMK_ETA])});
+      } else if (row[SAMK_METRIC] == SAMK_FISHER) {
+        const Fisher<S> metric{static_cast<S>(row[SAMK_ETA])};
+        partials[c] = a.moment == SAMK_SQUARE ? square_chunk(at, metric) : static_cast<double>(NAN);
       } else {
         partials[c] = measure_chunk(a, at, Euclidean{});
       }

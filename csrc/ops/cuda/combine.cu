@@ -7,12 +7,14 @@ namespace {
 
 constexpr int kMaxLists = 3, kMaxOuts = 2;
 
+constexpr int kCoefficients = kMaxLists + kMaxOuts;
+
 struct Scalars {
-  const double* coefficients;
   int lists;
 };
 
-using P = Parameters<kMaxLists + kMaxOuts, Scalars>;  // lists, then outputs
+// Lists, then outputs, then every tensor's coefficients: a launch has its tensors in an order of its own.
+using P = Parameters<kCoefficients + 1, Scalars>;
 
 template <class T, int kOuts>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const __grid_constant__ P p) {
@@ -31,13 +33,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const _
       outs |= reinterpret_cast<uintptr_t>(out[o]);
     }
     if (outs == 0) return;
+    const double* coefficients = static_cast<const double*>(tensors.data[kCoefficients][chunk.tensor]);
 #pragma unroll
     for (int l = 0; l < kMaxLists; ++l) {
       x[l] = l < p.scalars.lists ? element<const T>(tensors, l, chunk) : nullptr;
       bool is_read = false;
 #pragma unroll
       for (int o = 0; o < kOuts; ++o) {
-        const double c = x[l] == nullptr ? 0.0 : p.scalars.coefficients[o * p.scalars.lists + l];
+        const double c = x[l] == nullptr ? 0.0 : coefficients[o * p.scalars.lists + l];
         term[o][l].coefficient = static_cast<S>(c);
         is_read = is_read || (c != 0 && out[o] != nullptr);
       }
@@ -94,13 +97,15 @@ extern "C" int samk_combine(const samk_plan* plan, const samk_combine_args* a) {
   for (int o = 0; o < a->outs; ++o) {
     if (a->out[o].dtype != dtype) return fail("combine_: lists and outputs differ in dtype");
   }
-  const Scalars scalars{a->coefficients, a->lists};
+  const Scalars scalars{a->lists};
+  const int64_t block = a->per_tensor != 0 ? int64_t{a->outs} * a->lists : 0;
   const Site site{"combine_", *plan, nullptr, nullptr, a->queue.device, a->queue.stream};
   return with_dtype("combine_", dtype, [&](auto type) {
     using T = decltype(type);
     const auto run = [&](auto kernel) {
       return launch(site, kernel, kBlocksPerSm, scalars, [&](int list, int32_t t) -> void* {
         if (list < kMaxLists) return list < a->lists ? at(a->list[list], t) : nullptr;
+        if (list == kCoefficients) return const_cast<double*>(a->coefficients + t * block);
         return list - kMaxLists < a->outs ? at(a->out[list - kMaxLists], t) : nullptr;
       });
     };

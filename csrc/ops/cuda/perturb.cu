@@ -47,7 +47,8 @@ __device__ __forceinline__ auto load_two(const A* a, const B* b, int i, Word wor
 }
 
 // snapshot = w; w = math(w, g). The snapshot takes the bits, so that it keeps the payload of a NaN, and so do
-// the weights that are not selected.
+// the weights that are not selected. It may be where the gradient is, so a thread saves a pack after it has
+// read the same pack of that, and no pointer here may be declared __restrict__.
 template <int kUnroll, class W, class G, class M, class Math>
 __device__ __forceinline__ void perturb_chunk(W* w, const G* g, W* snapshot, int n, const M& mask,
                                               const Math& math) {
@@ -87,11 +88,15 @@ __device__ __forceinline__ void perturb_chunk(W* w, const G* g, const float* mas
       });
 }
 
-template <int kShape>
-constexpr int kBlocks = kShape == SAMK_POWERED ? kBlocksPerSmHeavy : kBlocksPerSm;
+// Three for fp64: the roots and quotients of Fisher's metric would spill registers beside four. Two packs of
+// a thread and three blocks still make 48 KB.
+template <class W, int kShape>
+constexpr int kBlocks = kShape == SAMK_POWERED                                    ? kBlocksPerSmHeavy
+                        : kShape == SAMK_LINEAR && std::is_same<W, double>::value ? 3
+                                                                                  : kBlocksPerSm;
 
 template <class W, class G, class Other, int kShape, bool kHasMasks>
-__global__ void __launch_bounds__(kThreads, kBlocks<kShape>)
+__global__ void __launch_bounds__(kThreads, kBlocks<W, kShape>)
     perturb_kernel(const __grid_constant__ P<kHasMasks> p) {
   constexpr bool kHasMaster = std::is_const<Other>::value;
   constexpr int kUnroll = kShape == SAMK_POWERED ? 1 : 2;
@@ -106,7 +111,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kShape>)
     Other* other = element<Other>(tensors, kOthers, chunk);
     if (w == nullptr || g == nullptr || other == nullptr || row[SAMK_METRIC] == SAMK_FIXED) return;
     const auto mask = find_mask<MaskOf<kHasMasks>>(tensors, kMasks, chunk);
-    if (!is_safe) {
+    const bool is_fisher = row[SAMK_METRIC] == SAMK_FISHER;
+    if (!is_safe || (is_fisher && kShape != SAMK_LINEAR)) {
       if constexpr (!kHasMaster) copy_chunk(other, static_cast<const W*>(w), chunk.size, mask);
       return;
     }
@@ -114,7 +120,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kShape>)
     const S scale = perturb_scale<S>(row, kShape, norm, own == nullptr ? 1.0 : *own);
     const auto shape = make_shape<kShape, S>(p.scalars);
     using Shape = std::remove_const_t<decltype(shape)>;
-    if (row[SAMK_METRIC] == SAMK_ADAPTIVE) {
+    if (is_fisher) {
+      if constexpr (kShape == SAMK_LINEAR) {
+        // Roots and quotients take registers too, and beside the words of a mask there are none to spare.
+        constexpr int kFewer = kHasMasks ? 1 : kUnroll;
+        const Fisher<S> metric{static_cast<S>(row[SAMK_ETA])};
+        perturb_chunk<kFewer>(w, g, other, chunk.size, mask,
+                              Perturb<S, Fisher<S>, Shape>{scale, metric, shape});
+      }
+    } else if (row[SAMK_METRIC] == SAMK_ADAPTIVE) {
       const Adaptive<S> metric{static_cast<S>(row[SAMK_ETA])};
       perturb_chunk<kUnroll>(w, g, other, chunk.size, mask,
                              Perturb<S, Adaptive<S>, Shape>{scale, metric, shape});
@@ -148,11 +162,11 @@ extern "C" int samk_perturb(const samk_plan* plan, const samk_perturb_args* a) {
     constexpr bool kHas = decltype(masks)::value;
     switch (a->shape) {
       case SAMK_SIGN:
-        return run(perturb_kernel<W, G, Other, SAMK_SIGN, kHas>, kBlocks<SAMK_SIGN>);
+        return run(perturb_kernel<W, G, Other, SAMK_SIGN, kHas>, kBlocks<W, SAMK_SIGN>);
       case SAMK_POWERED:
-        return run(perturb_kernel<W, G, Other, SAMK_POWERED, kHas>, kBlocks<SAMK_POWERED>);
+        return run(perturb_kernel<W, G, Other, SAMK_POWERED, kHas>, kBlocks<W, SAMK_POWERED>);
       default:
-        return run(perturb_kernel<W, G, Other, SAMK_LINEAR, kHas>, kBlocks<SAMK_LINEAR>);
+        return run(perturb_kernel<W, G, Other, SAMK_LINEAR, kHas>, kBlocks<W, SAMK_LINEAR>);
     }
   };
   const auto shaped = [&](auto w, auto g, auto* other) {

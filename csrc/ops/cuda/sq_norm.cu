@@ -67,9 +67,9 @@ __device__ __forceinline__ double sum_thread(const G* g, const W* w, int n, cons
       if (!word.has(k)) continue;
       const V d(widen(x.g.v[k]).x);
       if constexpr (Metric::kReadsWeight) {
-        term(sums[k], metric.weigh(d, V(widen(x.w.v[k]).x)));
+        term(sums[k], metric.weigh(d, d, V(widen(x.w.v[k]).x)));
       } else {
-        term(sums[k], metric.weigh(d, d));
+        term(sums[k], metric.weigh(d, d, d));
       }
     }
   };
@@ -87,8 +87,9 @@ __device__ __forceinline__ double sum_thread(const G* g, const W* w, int n, cons
         for (int k = 0; k < decltype(access)::kWidth; ++k) {
           if (!word.has(k)) continue;
           const Lane<double> d(widen(x.g.v[k]).x);
-          Lane<double> u = d;
-          if constexpr (Metric::kReadsWeight) u = metric.weigh(d, Lane<double>(widen(x.w.v[k]).x));
+          Lane<double> w_or_d = d;
+          if constexpr (Metric::kReadsWeight) w_or_d = Lane<double>(widen(x.w.v[k]).x);
+          const Lane<double> u = metric.weigh(d, d, w_or_d);
           wide += u.x * u.x;
         }
       });
@@ -166,6 +167,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMoment>)
       const auto mask = find_mask<MaskOf<kHasMasks>>(tensors, kMasks, chunk);
       if (row[SAMK_METRIC] == SAMK_ADAPTIVE) {
         sum[0] = sum_thread(g, w, chunk.size, mask, Adaptive<S>{static_cast<S>(row[SAMK_ETA])}, term);
+      } else if (row[SAMK_METRIC] == SAMK_FISHER) {
+        // In the kernel of squares alone; the others would only grow.
+        sum[0] = static_cast<double>(NAN);
+        if constexpr (kMoment == SAMK_SQUARE) {
+          sum[0] = sum_thread(g, w, chunk.size, mask, Fisher<S>{static_cast<S>(row[SAMK_ETA])}, term);
+        }
       } else {
         sum[0] = sum_thread(g, w, chunk.size, mask, Euclidean{}, term);
       }
