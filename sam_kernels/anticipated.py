@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import combination, perturbation
+from .combination import on_device
 from .perturbation import Measure, Served
 from .running_stats import frozen
 from .steps import Closure
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from .optimizer import SAM
 
 _SLOT = "anticipated"
+
+
+def forget(opt: SAM) -> None:
+    """Before a step that does not perturb: what was anticipated is of another batch by the next."""
+    for group, _ in opt._groups():
+        opt._slots.drop(_SLOT, group.params)
 
 
 def evaluate(opt: SAM, closure: Closure, ahead: Closure) -> Any:
@@ -65,32 +72,34 @@ def _move_ahead(opt: SAM, served: Served) -> None:
         rows = []
         for key in group.keys:
             own = opt.param_groups[key[0]]
-            lr, decay, momentum = (float(own.get(name) or 0.0) for name in ("lr", "weight_decay", "momentum"))
+            names = ("lr", "weight_decay", "momentum")
+            lr, decay, momentum = (on_device(own.get(name, 0.0), group) for name in names)
             sign = -1.0 if own.get("maximize", False) else 1.0
-            rows.append([[1.0 - lr * decay, -sign * lr, -lr * momentum]])
-        coefficients = torch.tensor(rows, dtype=torch.float64)[group.row]
+            rows.append(torch.stack([1.0 - lr * decay, -sign * lr, -lr * momentum]).unsqueeze(0))
         state = opt.base_optimizer.state
         momenta = [state.get(p, {}).get("momentum_buffer") for p in group.params]
         params = [None if s is None else p for p, s in zip(group.params, group.snapshots, strict=True)]
         lists = [group.snapshots, opt._slots.lists(_SLOT, group), momenta]
-        backend.combine_(group, [params], lists, coefficients.to(group.device))  # type: ignore[list-item]
+        coefficients = torch.stack(rows)[group.row_index()]
+        backend.combine_(group, [params], lists, coefficients)  # type: ignore[list-item]
 
 
 def _combine(opt: SAM, served: Served) -> None:
     """``d = (1 - lmbda) g_1 + lmbda g_2`` into the gradients, and ``y = g_2`` unless it is not finite."""
+    combination.check_apart(served, opt._held)
     first = opt._held.pop()
     total = perturbation.squares(served)
     weights = opt.recipe.combine.weights(None, {})
     for (group, backend), one in zip(served, first, strict=True):
         two, kept = list(group.grads), opt._slots.lists(_SLOT, group)
-        made = torch.tensor([[1.0, 0.0]], dtype=torch.float64, device=group.device)
+        made, same = group.constants((1.0, 0.0)), group.constants((0.0, 1.0))
         is_safe = torch.isfinite(total.to(group.device))
         outs = [None if g is None else y for g, y in zip(two, kept, strict=True)]
-        backend.combine_(group, [outs], [two, kept], torch.where(is_safe, made, made.flip(1)))
+        backend.combine_(group, [outs], [two, kept], torch.where(is_safe, made, same))
         new = [None if g is None or y is not None else g.clone() for g, y in zip(two, kept, strict=True)]
         opt._slots.put(_SLOT, group, new)
-        coefficients = torch.tensor([weights], dtype=torch.float64, device=group.device)
-        backend.combine_(group, [two], [one, two], coefficients)
+        opt._slots.drop(_SLOT, [p for p, g in zip(group.params, two, strict=True) if g is None])
+        backend.combine_(group, [two], [one, two], group.constants(weights))
         combination.write_back(group, two)
         group.drop_gradients()
     opt._forget_held()

@@ -41,7 +41,8 @@ def hold(served: Served, by_copy: bool, number: int = 0) -> Lists:
         for t, g in enumerate(own):
             # The views of a bucket, as DDP makes them, are written again by the next backward pass.
             if g is not None and g is group.params[t].grad and (by_copy or g._is_view()):
-                own[t] = group.scratch_gradient(t, number).copy_(g)
+                buffer = group.scratch_gradient(t, number)
+                own[t] = g.clone() if g is buffer else buffer.copy_(g)
         held.append(own)
     return held
 
@@ -82,7 +83,7 @@ def combine(served: Served, rule: Combine, held: Held, slots: Slots, guard: Tens
     if isinstance(rule, ReuseOrthogonal):
         for (group, backend), own, each, is_safe in zip(served, lists, dots, safe, strict=True):
             _keep_orthogonal(group, backend, rule, own, each, slots, is_safe)
-        _clear_rounding(served, rule, dots, slots)
+        _clear_rounding(served, rule, dots, slots, safe)
         return
     for (group, backend), own, each in zip(served, lists, dots, strict=True):
         local = {name: value.to(group.device) for name, value in scalars.items()}
@@ -91,9 +92,9 @@ def combine(served: Served, rule: Combine, held: Held, slots: Slots, guard: Tens
         write_back(group, own[-1])
     if isinstance(rule, AdaptiveRatio):
         new = rule.advance(dots[0], scalars)
-        slots.scalars = {
-            name: torch.where(safe[0], new[name].reshape(()), value) for name, value in scalars.items()
-        }
+        slots.scalars.update(
+            {name: torch.where(safe[0], new[name].reshape(()), value) for name, value in scalars.items()}
+        )
 
 
 def reuse(served: Served, rule: ReuseOrthogonal, slots: Slots) -> None:
@@ -113,10 +114,11 @@ def swap_first(served: Served, first: Lists) -> Lists:
     last = []
     for (group, _), own in zip(served, first, strict=True):
         last.append(group.grads)
-        given = [None if x is None else g for x, g in zip(group.grads, own, strict=True)]
+        # A tensor that has only one of the two takes that.
+        given = [gs if gs is None or g is None else g for gs, g in zip(group.grads, own, strict=True)]
         for p, g in zip(group.params, given, strict=True):
-            if p.grad is not None:
-                p.grad = g if g is None or p.grad.dtype == g.dtype else g.to(p.grad.dtype)
+            if p.grad is not None and g is not None:
+                p.grad = g if p.grad.dtype == g.dtype else g.to(p.grad.dtype)
         group.grads = given
     return last
 
@@ -131,9 +133,7 @@ def add_decoupled(
         guard: as in `combine`.
     """
     for (group, backend), g, gs in zip(served, first, last, strict=True):
-        lr = torch.stack(
-            [torch.as_tensor(rates[key[0]], dtype=torch.float64, device=group.device) for key in group.keys]
-        )
+        lr = torch.stack([on_device(rates[key[0]], group) for key in group.keys])
         size = rule.weight * lr[group.row_index()]
         if guard is not None:
             size = torch.where(torch.isfinite(guard.to(group.device)), size, 0.0)
@@ -166,24 +166,31 @@ def _keep_orthogonal(
     """The part of the last gradient that is orthogonal to the first, into its slot."""
     before = slots.lists(_ORTHOGONAL, group)
     both = [g is not None and gs is not None for g, gs in zip(*lists, strict=True)]
+    changes = [has != (v is not None) for has, v in zip(both, before, strict=True)]
+    if any(changes) and not bool(is_safe):
+        return  # no state is made or dropped for a step that is skipped; the host waits only here
     slots.drop(_ORTHOGONAL, [p for p, has in zip(group.params, both, strict=True) if not has])
     outs = [
         None if not has else (torch.empty_like(p, requires_grad=False) if v is None else v)
         for p, v, has in zip(group.params, before, both, strict=True)
     ]
     made = _rows(group, [(*rule.orthogonal(dots), 0.0)])
-    kept = _rows(group, [(0.0, 0.0, 1.0)])
+    kept = group.constants((0.0, 0.0, 1.0))
     backend.combine_(group, [outs], [*lists, before], torch.where(is_safe, made, kept))
     slots.put(_ORTHOGONAL, group, outs)
 
 
-def _clear_rounding(served: Served, rule: ReuseOrthogonal, dots: list[Any], slots: Slots) -> None:
+def _clear_rounding(
+    served: Served, rule: ReuseOrthogonal, dots: list[Any], slots: Slots, safe: list[Tensor]
+) -> None:
     """``v = 0`` where all of it is rounding, as with parallel gradients: it would be blown up."""
     kept = [[slots.lists(_ORTHOGONAL, group)] for group, _ in served]
     own = _dots(served, kept, rule.scope == "tensor")
-    for (group, backend), (v,), mine, of_gradients in zip(served, kept, own, dots, strict=True):
+    for (group, backend), (v,), mine, of_gradients, is_safe in zip(
+        served, kept, own, dots, safe, strict=True
+    ):
         floor = (_ROUNDINGS * torch.finfo(group.dtype).eps) ** 2 * of_gradients[1][1]
-        is_more = mine[0][0] > floor
+        is_more = (mine[0][0] > floor) | ~is_safe
         backend.combine_(group, [v], [v], _rows(group, [(is_more.double(),)]))
 
 
@@ -224,29 +231,51 @@ def _is_safe(served: Served, guard: Tensor | None, dots: list[Any]) -> list[Tens
 
 def _scalars(rule: Combine, slots: Slots, device: torch.device) -> dict[str, Tensor]:
     """The numbers of the rule, on the device of the first group."""
+    held = {name: slots.scalars.get(name, first) for name, first in rule.first_scalars().items()}
     return {
-        name: torch.as_tensor(slots.scalars.get(name, first), dtype=torch.float64, device=device)
-        for name, first in rule.first_scalars().items()
+        name: value.to(device)
+        if isinstance(value, Tensor)
+        else torch.full((), float(value), dtype=torch.float64, device=device)
+        for name, value in held.items()
     }
 
 
 def _rows(group: TensorGroup, rows: list[tuple[Any, ...]]) -> Tensor:
     """Coefficients as `combine_` takes them, from numbers and tensors, which may be by tensor."""
-    tensors = [[torch.as_tensor(x, dtype=torch.float64, device=group.device) for x in row] for row in rows]
+    tensors = [[on_device(x, group) for x in row] for row in rows]
     stacked = [torch.stack(torch.broadcast_tensors(*row), dim=-1) for row in tensors]
     return torch.stack(stacked, dim=-2)
 
 
-def add(served: Served, total: Lists, grads: Lists) -> Lists:
-    """``total += grads``; a tensor that was missing so far is taken as it is."""
+def on_device(value: Any, group: TensorGroup) -> Tensor:
+    """A number or a tensor as float64 on the group's device; a number waits for nothing there."""
+    if isinstance(value, Tensor):
+        return value.detach().to(group.device, torch.float64)
+    return torch.full((), float(value or 0.0), dtype=torch.float64, device=group.device)
+
+
+def add(served: Served, total: Lists, grads: Lists, number: int) -> Lists:
+    """``total += grads``; a tensor that was missing so far is taken over.
+
+    Args:
+        number: of the buffers of the total, for what lies where the next gradients go.
+    """
     for (group, backend), own, more in zip(served, total, grads, strict=True):
         both = [a if b is not None else None for a, b in zip(own, more, strict=True)]
-        one = torch.ones(1, 2, dtype=torch.float64, device=group.device)
-        backend.combine_(group, [both], [both, more], one)
-    return [
-        [b if a is None else a for a, b in zip(own, more, strict=True)]
-        for own, more in zip(total, grads, strict=True)
-    ]
+        backend.combine_(group, [both], [both, more], group.constants((1.0, 1.0)))
+        for t, (a, b) in enumerate(zip(own, more, strict=True)):
+            if a is None and b is not None:
+                own[t] = group.scratch_gradient(t, number).copy_(b)
+    return total
+
+
+def give_back(served: Served, grads: Lists) -> None:
+    """Give parameters the gradients that were theirs before others were swapped in."""
+    for (group, _), own in zip(served, grads, strict=True):
+        for p, g in zip(group.params, own, strict=True):
+            if g is not None and p.grad is not None and g.dtype == p.grad.dtype:
+                p.grad = g
+        group.drop_gradients()
 
 
 def give(served: Served, grads: Lists) -> None:
@@ -256,13 +285,17 @@ def give(served: Served, grads: Lists) -> None:
             p.grad = g
 
 
-def add_decay(served: Served, param_groups: list[dict[str, Any]]) -> None:
-    """``g += weight_decay w``, ``g -= weight_decay w`` where the group maximizes; the groups have read g."""
+def add_decay(served: Served, param_groups: list[dict[str, Any]], share: float = 1.0) -> None:
+    """``g += weight_decay w``, ``g -= weight_decay w`` where the group maximizes; the groups have read g.
+
+    Args:
+        share: of the decay, where a gradient is one of several that are added up.
+    """
     for group, backend in served:
         sizes = []
         for key in group.keys:
             own = param_groups[key[0]]
-            size = torch.as_tensor(own.get("weight_decay") or 0.0, dtype=torch.float64, device=group.device)
+            size = on_device(own.get("weight_decay", 0.0), group) * share
             sizes.append(-size if own.get("maximize", False) else size)
         each = torch.stack(sizes)[group.row_index()]
         rows = torch.stack([torch.ones_like(each), each], dim=1).unsqueeze(1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import recipes
-from .policies import Euclidean, Member
+from .policies import Decoupled, Euclidean, Member, Momentum
 from .recipe import Recipe, check_adaptive, check_rho
 
 
@@ -67,8 +67,26 @@ def check_decay(recipe: Recipe, base: Optimizer) -> None:
         )
 
 
-def check_max_norm(max_grad_norm: Any) -> float | None:
-    """The bound as it is; a sentence unless it is a positive number or None."""
+def check_momentum(recipe: Recipe, base: Optimizer) -> None:
+    """Raise a sentence where a recipe goes along the base's momentum, and it keeps none."""
+    if not isinstance(recipe.direction, Momentum):
+        return
+    for index, group in enumerate(base.param_groups):
+        if not (group.get("momentum") or "betas" in group):
+            raise ValueError(
+                f"recipe '{recipe.name}' perturbs along the momentum of the base optimizer, and "
+                f"{type(base).__name__} keeps none for param_groups[{index}]; expected SGD with momentum, "
+                "Adam or AdamW"
+            )
+
+
+def check_max_norm(max_grad_norm: Any, recipe: Recipe) -> float | None:
+    """The bound as it is; a sentence unless it is a positive number or None, and the recipe can keep it."""
+    if max_grad_norm is not None and isinstance(recipe.combine, Decoupled):
+        raise ValueError(
+            f"SAM: max_grad_norm clips what the base gets, and recipe '{recipe.name}' moves the weights by a "
+            "second gradient besides; drop max_grad_norm, or take wsam(decoupled=False)"
+        )
     is_number = isinstance(max_grad_norm, int | float) and not isinstance(max_grad_norm, bool)
     if max_grad_norm is None or (is_number and 0 < max_grad_norm < float("inf")):
         return max_grad_norm

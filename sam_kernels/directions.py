@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from .backends import Backend
 from .policies import Direction, Momentum, Noise, Remembering
 from .slots import Slots
-from .tensor_groups import TensorGroup
+from .tensor_groups import TensorGroup, has_none
 
 _EMA = "ema"
 
@@ -28,15 +28,18 @@ def aim_at_noise(
     group: TensorGroup, backend: Backend, policy: Noise, step: int, numbers: list[int], micro_batch: int = 0
 ) -> None:
     """``d = z``: the group's gradients are normal numbers from here on."""
-    group.has_all_grads = True
-    group.grads = _buffers(
-        group, [p if takes else None for p, takes in zip(group.params, group.participates, strict=True)]
-    )
-    backend.noise_(group, group.grads, seed_of(policy.seed, micro_batch), step % (1 << 32), numbers)
+    wanted = [
+        p if takes and p.requires_grad else None
+        for p, takes in zip(group.params, group.participates, strict=True)
+    ]
+    group.has_all_grads = not has_none(wanted)
+    group.grads = _buffers(group, wanted)
+    own = [noise_number(number) for number in numbers]
+    backend.noise_(group, group.grads, seed_of(policy.seed, micro_batch), step % (1 << 32), own)
 
 
 def aim_at_momentum(group: TensorGroup, base: Optimizer) -> None:
-    """``d = v``, the base optimizer's momentum; the sign is that of `scale_of`."""
+    """``d = v``, the base optimizer's momentum; the sign is that of `sign_of`."""
     entries = [base.state.get(p, {}) for p in group.params]
     group.grads = [
         next((entry[name] for name in _MOMENTA if entry.get(name) is not None), None) for entry in entries
@@ -74,15 +77,25 @@ def aim_past_memory(
         rows = [policy.memory] if is_itself else [policy.along, policy.memory]
         present = [m if old else None for m, old in zip(memory, is_old, strict=True)]
         outs = [present] if is_itself else [_where(directions, is_old), present]
-        backend.combine_(group, outs, [_where(grads, is_old), present], _guarded(rows, is_safe))
+        backend.combine_(group, outs, [_where(grads, is_old), present], _guarded(group, rows, is_safe))
     if created:
         is_new = [new is not None for new in fresh]
         firsts = [policy.first_memory] if is_itself else [policy.first_along, policy.first_memory]
         outs = [fresh] if is_itself else [_where(directions, is_new), fresh]
-        coefficients = torch.tensor(firsts, dtype=torch.float64, device=group.device).unsqueeze(1)
+        coefficients = group.constants(*((x,) for x in firsts))
         backend.combine_(group, outs, [_where(grads, is_new)], coefficients)
         slots.put(_EMA, group, fresh)
     group.grads = directions
+
+
+# Random masks, drawn steps and noise of equal seeds must not be made of the same words: noise has the numbers
+# of tensors from here on.
+_NOISE = 1 << 31
+
+
+def noise_number(number: int) -> int:
+    """The number of a tensor for its noise, from its place among all parameters."""
+    return _NOISE + number
 
 
 def seed_of(seed: int, micro_batch: int) -> int:
@@ -95,22 +108,22 @@ def sign_of(direction: Direction) -> float:
     return -1.0 if isinstance(direction, Momentum) else 1.0
 
 
-def _guarded(rows: list[tuple[float, float]], is_safe: Tensor) -> Tensor:
+def _guarded(group: TensorGroup, rows: list[tuple[float, float]], is_safe: Tensor) -> Tensor:
     """The coefficients; where the step is skipped, those of a memory that stays as it is.
 
     A coefficient of 0 never reads its list, so gradients that are not finite cannot get in.
     """
-    made = torch.tensor(rows, dtype=torch.float64, device=is_safe.device)
-    kept = torch.tensor([[0.0, 1.0]] * len(rows), dtype=torch.float64, device=is_safe.device)
-    return torch.where(is_safe, made, kept)
+    return torch.where(is_safe, group.constants(*rows), group.constants(*[(0.0, 1.0)] * len(rows)))
 
 
 def _buffers(group: TensorGroup, wanted: list[Tensor | None]) -> list[Tensor | None]:
     """Where the direction of each wanted tensor goes; see note [where a direction lives]."""
+    is_taken = group.is_perturbed  # noise came first, and the snapshots are of before it
     group.grads = wanted
-    group.take_snapshots()
+    if not is_taken:
+        group.take_snapshots()
     return [
-        None if x is None else group.scratch(t) if s is None or group.is_compact(t) else s
+        None if x is None else group.scratch(t) if is_taken or s is None or group.is_compact(t) else s
         for t, (x, s) in enumerate(zip(wanted, group.snapshots, strict=True))
     ]
 

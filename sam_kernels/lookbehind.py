@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import perturbation
+from .combination import on_device
 from .perturbation import Served
 from .policies import Lookbehind
 from .running_stats import frozen
@@ -51,8 +52,10 @@ def step(opt: SAM, closure: Closure, probe: Lookbehind) -> Any:
     with torch.no_grad():
         for i, (group, backend) in enumerate(served):
             alpha = _share(group, backend, base[i], first[i]) if probe.alpha is None else probe.alpha
-            alpha = torch.as_tensor(alpha, dtype=torch.float64, device=group.device)
-            rows = torch.stack([1 - alpha, alpha], dim=-1).unsqueeze(-2)
+            alpha = on_device(alpha, group)
+            rows = torch.stack([torch.ones_like(alpha), alpha], dim=-1).unsqueeze(-2)
+            # w + alpha (last - w): where the base did not move, the sum is w to the bit.
+            backend.combine_(group, [base[i]], [base[i], group.snapshots], group.constants((1.0, -1.0)))
             backend.combine_(group, [_perturbed(group)], [group.snapshots, base[i]], rows)
             perturbation.forget(group)
     return loss
@@ -74,13 +77,12 @@ def _step_base(opt: SAM, served: Served, base: Lists) -> None:
 def _exchange(served: Served, base: Lists) -> None:
     for (group, backend), own in zip(served, base, strict=True):
         params = _perturbed(group)
-        swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64, device=group.device)
-        backend.combine_(group, [params, own], [params, own], swap)
+        backend.combine_(group, [params, own], [params, own], group.constants((0.0, 1.0), (1.0, 0.0)))
 
 
 def _share(group: Any, backend: Any, base: list[Tensor | None], first: list[Tensor | None]) -> Tensor:
     """Per tensor ``(cos(first displacement, whole displacement) + 1) / 2``; 1/2 where there was none."""
-    minus = torch.tensor([[1.0, -1.0]], dtype=torch.float64, device=group.device)
+    minus = group.constants((1.0, -1.0))
     whole = group.scratch_like(base)
     backend.combine_(group, [first], [first, group.snapshots], minus)
     backend.combine_(group, [whole], [base, group.snapshots], minus)
@@ -95,6 +97,5 @@ def _perturbed(group: Any) -> list[Any]:
 
 
 def _copies(group: Any, backend: Any, tensors: list[Tensor | None], outs: list[Tensor | None]) -> list[Any]:
-    one = torch.ones(1, 1, dtype=torch.float64, device=group.device)
-    backend.combine_(group, [outs], [tensors], one)
+    backend.combine_(group, [outs], [tensors], group.constants((1.0,)))
     return outs

@@ -16,6 +16,7 @@ from .construction import (
     check_decay,
     check_max_norm,
     check_model,
+    check_momentum,
     choose_recipe,
     member_lookup,
     own_keys,
@@ -27,11 +28,13 @@ from .masks import Masks
 from .perturbation import Measure, Served
 from .policies import (
     Adaptive,
+    AdaptiveRatio,
     Anticipated,
     Decoupled,
     Euclidean,
     Lookbehind,
     MultiStep,
+    Remembering,
     ReuseOrthogonal,
     Sparse,
 )
@@ -118,11 +121,12 @@ class SAM(Steps, MaskUpdates, Optimizer):
         self.base_optimizer = build_base(params, base_optimizer, base_kwargs)
         self._rho_key, self._adaptive_key = own_keys(self.base_optimizer)
         check_decay(chosen, self.base_optimizer)
+        check_momentum(chosen, self.base_optimizer)
         self.recipe = chosen
         self.backend = backend
         self.model = model
         self.allow_plain_step = allow_plain_step
-        self.max_grad_norm = check_max_norm(max_grad_norm)
+        self.max_grad_norm = check_max_norm(max_grad_norm, chosen)
         self._phase = _IDLE
         self._served: Served | None = None
         self._graphs_hold: list[Any] = []
@@ -130,7 +134,9 @@ class SAM(Steps, MaskUpdates, Optimizer):
         self._measure: Measure | None = None
         self._held: combination.Held = []
         self._held_of: Served = []
-        self._micro_batch = 0
+        self._micro_batch, self._parts = 0, 1
+        self._next_scalars: dict[str, float] = {}
+        self._gate_is_closed = False
         self.copies_gradients = False
         self._keeps_gradients = False  # zero_grad does nothing
         self._slots = Slots()
@@ -328,6 +334,8 @@ class SAM(Steps, MaskUpdates, Optimizer):
             self._complete()
             return loss
         elif callable(closure):
+            if isinstance(probe, Anticipated):
+                anticipated.forget(self)  # what was anticipated is behind after this step
             (loss,) = self._run_probes([closure])
         else:
             loss = self._run_micro_batches(closure) if m_sharpness else self._run_probes(closure)
@@ -360,10 +368,12 @@ class SAM(Steps, MaskUpdates, Optimizer):
             )
         if isinstance(self.recipe.probe, Anticipated | Lookbehind):
             raise TypeError(f"step(): recipe '{name}' takes one closure, not a list")
-        if m_sharpness and isinstance(self.recipe.combine, Decoupled | ReuseOrthogonal):
+        recipe = self.recipe
+        lasts = isinstance(recipe.combine, Decoupled | ReuseOrthogonal | AdaptiveRatio)
+        if m_sharpness and (lasts or isinstance(recipe.direction, Remembering) or recipe.cadence.needs_norm):
             raise TypeError(
-                f"step(): recipe '{name}' combines gradients beyond the step of one micro-batch; drop "
-                "m_sharpness=True"
+                f"step(): recipe '{name}' keeps something from the gradient of each step, and micro-batches "
+                "would each write it; drop m_sharpness=True"
             )
 
     @torch.no_grad()
@@ -380,8 +390,9 @@ class SAM(Steps, MaskUpdates, Optimizer):
         if self.recipe.probe.needs_closure:
             raise RuntimeError(
                 f"recipe '{self.recipe.name}' evaluates {self.recipe.gradients} gradients per step, some "
-                "where only it can go, and needs opt.step(closure); first_step/second_step serve one-probe "
-                "recipes"
+                "where only it can go, and needs opt.step(closure"
+                f"{', ahead=...' if isinstance(self.recipe.probe, Anticipated) else ''}); "
+                "first_step/second_step serve one-probe recipes"
             )
         if self.recipe.direction.needs_gradient:
             self._decay_inside()
@@ -522,13 +533,16 @@ class SAM(Steps, MaskUpdates, Optimizer):
         self._phase = _IDLE
         self._measure = None
         self._next_masks = None
+        self._next_scalars = {}
+        self._gate_is_closed = False
         self._forget_held()
-        self._micro_batch = 0
-        for group, _ in self._perturbed_groups():
-            # Not the restore of the backend: that one may be what failed.
-            group.copy_back()
-            perturbation.forget(group)
+        self._micro_batch, self._parts = 0, 1
         for group, _ in self._served or []:
+            if group.is_perturbed:
+                # Not the restore of the backend: that one may be what failed.
+                group.copy_back()
+            # Of the others too: the buffers of snapshots may hold a direction by now.
+            perturbation.forget(group)
             group.drop_gradients()
 
     def _revalidate(self) -> None:
@@ -579,26 +593,28 @@ class SAM(Steps, MaskUpdates, Optimizer):
         guard = self._measure.norm if is_pending and self._measure is not None else None
         try:
             self._revalidate()
-            is_lost = is_pending and self._had_gradients and not self._has_gradients()
-            # Cleared twice means that a second backward was given up on purpose.
-            if is_lost and self._clearings < 2:
+            had_none = not self.recipe.direction.needs_gradient and self._phase == _PERTURBED
+            is_lost = is_pending and (self._had_gradients or had_none) and not self._has_gradients()
+            # Cleared once more than there were passes before means that this one was given up on purpose.
+            if is_lost and self._clearings < (1 if had_none else 2):
+                which = "" if had_none else ", though there were some in the first pass"
                 raise RuntimeError(
-                    "step(): no parameter has a gradient, though there were some in the first pass. The "
-                    "weights are restored and nothing was updated; call backward() again between "
-                    "first_step() and step()"
+                    f"step(): no parameter has a gradient{which}. The weights are restored and nothing was "
+                    f"updated; call backward(){'' if had_none else ' again'} between first_step() and step()"
                 )
-            add_decoupled = None
+            after, clip = None, None
             if not is_lost:
-                add_decoupled = self._swap_gradients()
+                after = self._swap_gradients()
                 self._combine_gradients()
-                if self._phase in (_IDLE, _NOT_DUE) and not self.is_due:
+                if not self.is_due or self._gate_is_closed:
                     self._reuse_gradients()
                 clip = self._clip()
-            else:
-                clip = None
+            if guard is not None and not self.recipe.direction.needs_gradient:
+                # No gradient has been looked at yet.
+                guard = guard + perturbation.squares(self._read_gradients()).to(guard.device)
             self._update(guard, clip)
-            if add_decoupled is not None:
-                add_decoupled()
+            if after is not None:
+                after()
         except BaseException:
             self._abandon()
             raise
@@ -644,6 +660,9 @@ class SAM(Steps, MaskUpdates, Optimizer):
         self._phase = _IDLE
         self._measure = None
         self._forget_held()
+        self._slots.scalars.update(self._next_scalars)
+        self._next_scalars = {}
+        self._gate_is_closed = False
         if self._next_masks is not None and not is_lost:
             self._masks.take(self._next_masks)
         self._next_masks = None
@@ -708,6 +727,7 @@ class SAM(Steps, MaskUpdates, Optimizer):
                 "step(closure), or first_step() before the second backward; allow_plain_step=True permits "
                 "steps of the base alone"
             )
+        self._decay_inside()
         self._descend()
 
     # ---- tensor groups -------------------------------------------------------------------------
@@ -763,7 +783,8 @@ class SAM(Steps, MaskUpdates, Optimizer):
         rule, _ = state.fused_rule(self.base_optimizer)
         eps = self.recipe.eps
         per_group = []
-        factor = self.recipe.mask.scale * sign_of(self.recipe.direction)
+        direction = self.recipe.direction
+        factor = self.recipe.mask.scale * sign_of(direction)
         if isinstance(self.recipe.probe, MultiStep):
             factor *= self.recipe.probe.step
         for index, group in enumerate(self.param_groups):
@@ -774,7 +795,8 @@ class SAM(Steps, MaskUpdates, Optimizer):
             rho = group[self._rho_key]
             check_rho(rho, f"param_groups[{index}]")
             # Maximizing f is minimizing -f: the worst point of the ball then lies down the gradient.
-            sign = -1.0 if group.get("maximize", False) else 1.0
+            # Momentum is of the negated gradients already, and noise has no side.
+            sign = -1.0 if group.get("maximize", False) and direction.needs_gradient else 1.0
             if self.recipe.decay == "inside" and "weight_decay" in group:
                 group = {**group, "weight_decay": 0.0}  # it is in the gradients already
             per_group.append((sign * factor * float(rho), eps, *state.scalars(rule, group)))
@@ -789,7 +811,7 @@ class SAM(Steps, MaskUpdates, Optimizer):
                 f"{what}: the weights are perturbed by first_step(); call second_step() or step() first, "
                 f"{give_up}, which restores them"
             )
-        if what == "state_dict()":
+        if what == "state_dict()" and not isinstance(self.recipe.direction, Remembering):
             return  # the weights are the user's own, and the state is that of the last completed step
         if self._phase == _NOT_DUE:
             raise RuntimeError(
@@ -844,7 +866,7 @@ class SAM(Steps, MaskUpdates, Optimizer):
         state_dict, words = self._without_masks(state_dict)
         state_dict, tensors, scalars = self._without_slots(state_dict)
         self._masks.check(words)
-        Slots.check(tensors)
+        Slots.check(tensors, scalars)
         self.base_optimizer.load_state_dict(state_dict)
         self._masks.load(words)
         self._slots.load(tensors, scalars)
@@ -899,6 +921,7 @@ class SAM(Steps, MaskUpdates, Optimizer):
             "_measure",
             "_held",
             "_held_of",
+            "_next_scalars",
             "step",
             "closure_kwargs",
         )
@@ -914,6 +937,7 @@ class SAM(Steps, MaskUpdates, Optimizer):
         self._graphs_hold = []
         self._next_masks = None
         self._held, self._held_of = [], []
+        self._next_scalars, self._gate_is_closed = {}, False
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1].rstrip()}\nRecipe: {self.recipe.name}\n)"

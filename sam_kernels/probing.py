@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .directions import seed_of
+from .directions import noise_number, seed_of
 from .perturbation import Measure, Served
 from .policies import RandomStart
-from .tensor_groups import Column, TensorGroup
+from .tensor_groups import Column, TensorGroup, has_none
 
 
 def ascend_further(served: Served, found: Measure) -> None:
@@ -47,7 +47,7 @@ def project(served: Served, step: float) -> None:
     for group, backend in served:
         snapshots, params = group.snapshots, _perturbed(group)
         away = group.scratch_like(snapshots)
-        backend.combine_(group, [away], [params, snapshots], _row(group, 1.0, -1.0))
+        backend.combine_(group, [away], [params, snapshots], group.constants((1.0, -1.0)))
         squares = backend.grad_stats(group, [away], per_tensor=True)[:, 0]
         radii = (group.table[group.row_index(), Column.RHO] / step).square()
         part = torch.where(squares == 0, 0.0, squares / radii).sum()
@@ -66,40 +66,34 @@ def mirror(served: Served) -> None:
     """``w = w_0 - (w - w_0)``: to the other side."""
     for group, backend in served:
         params = _perturbed(group)
-        backend.combine_(group, [params], [group.snapshots, params], _row(group, 2.0, -1.0))
+        backend.combine_(group, [params], [group.snapshots, params], group.constants((2.0, -1.0)))
 
 
 def start_at_random(
     served: Served, policy: RandomStart, step: int, numbers: dict[Tensor, int], micro_batch: int = 0
 ) -> None:
-    """``snapshot = w; w += noise ||w_l|| n_l / ||n_l||`` in every tensor that takes part.
-
-    The noise is made where the snapshots go, and is gone when they are written.
-    """
+    """``snapshot = w; w += noise ||w_l|| n_l / ||n_l||`` in every tensor that takes part."""
     for group, backend in served:
-        group.has_all_grads = True
         group.grads = [
-            p if takes else None for p, takes in zip(group.params, group.participates, strict=True)
+            p if takes and p.requires_grad else None
+            for p, takes in zip(group.params, group.participates, strict=True)
         ]
+        group.has_all_grads = not has_none(group.grads)
         group.take_snapshots()
         group.drop_gradients()
-        noise = group.snapshots
-        own = [numbers[p] for p in group.params]
+        noise = group.scratch_like(group.snapshots)
+        own = [noise_number(numbers[p]) for p in group.params]
         backend.noise_(group, noise, seed_of(policy.seed, micro_batch), step % (1 << 32), own)
         params = _perturbed(group)
         dots = backend.grad_stats(group, [params, noise], per_tensor=True)
         lengths = policy.noise * (dots[:, 0] / dots[:, 2]).sqrt()
         lengths = torch.where(torch.isfinite(lengths), lengths, 0.0)
-        one, zero = torch.ones_like(lengths), torch.zeros_like(lengths)
-        coefficients = torch.stack([one, zero, one, lengths], dim=1).view(-1, 2, 2)
-        backend.combine_(group, [noise, params], [params, noise], coefficients)
-        group.is_perturbed = True
+        coefficients = torch.stack([torch.ones_like(lengths), lengths], dim=1).unsqueeze(1)
+        backend.combine_(group, [group.snapshots], [params], group.constants((1.0,)))
+        group.is_perturbed = True  # before the weights move, so that whatever fails moves them back
+        backend.combine_(group, [params], [params, noise], coefficients)
 
 
 def _perturbed(group: TensorGroup) -> list[Any]:
     """The parameters that have a snapshot."""
     return [None if s is None else p for p, s in zip(group.params, group.snapshots, strict=True)]
-
-
-def _row(group: TensorGroup, *coefficients: float) -> Tensor:
-    return torch.tensor([coefficients], dtype=torch.float64, device=group.device)

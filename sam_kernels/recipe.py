@@ -162,10 +162,10 @@ class Recipe:
         if isinstance(self.mask, Sparse):
             if isinstance(self.probe, Mirrored | RandomStart):
                 return f"probe {probe} moves whole parameters; expected mask Dense(), ByName() or ByModule()"
-            if isinstance(self.probe, MultiStep) and self.probe.n > 1 and self.probe.project:
+            if isinstance(self.probe, MultiStep) and self.probe.projects:
                 return "MultiStep(project=True) projects whole parameters; with masks use project=False"
         is_ball = isinstance(self.metric, Euclidean) and self.metric.p == 2
-        if isinstance(self.probe, MultiStep) and self.probe.n > 1 and self.probe.project and not is_ball:
+        if isinstance(self.probe, MultiStep) and self.probe.projects and not is_ball:
             return (
                 "MultiStep(project=True) projects onto SAM's own ball; with other metrics use project=False"
             )

@@ -38,6 +38,11 @@ class Slots:
             return [None] * len(group.params)
         found = [own.get(p) for p in group.params]
         for t, (slot, p) in enumerate(zip(found, group.params, strict=True)):
+            if slot is not None and slot.shape != p.shape:
+                raise ValueError(
+                    f"{_PREFIX}{name} has shape {tuple(slot.shape)} and its parameter {tuple(p.shape)}: the "
+                    "parameter has changed its size since; build the optimizer anew"
+                )
             if slot is not None and not _fits(slot, p):
                 found[t] = own[p] = torch.empty_like(p, requires_grad=False).copy_(slot)
         return found
@@ -77,12 +82,15 @@ class Slots:
         self.scalars = dict(scalars)
 
     @staticmethod
-    def check(tensors: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
-        """Raise a sentence unless each tensor has the shape of its parameter.
+    def check(tensors: Mapping[Tensor, Mapping[str, Tensor]], scalars: Mapping[str, Any]) -> None:
+        """Raise a sentence unless each tensor has the shape of its parameter, and each scalar is a number.
 
         Raises:
-            ValueError: if one has not.
+            ValueError: if one has not, or is none.
         """
+        for name, value in scalars.items():
+            if not isinstance(value, int | float):
+                raise ValueError(f"{_PREFIX}{name} is {value!r}; expected a number")
         for param, own in tensors.items():
             for name, tensor in own.items():
                 if not isinstance(tensor, Tensor) or tensor.shape != param.shape:

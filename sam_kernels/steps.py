@@ -47,6 +47,9 @@ class Steps:
     _held: Held
     _held_of: Served  # the groups whose gradients are held
     _micro_batch: int
+    _parts: int
+    _next_scalars: dict[str, float]
+    _gate_is_closed: bool
     copies_gradients: bool
     _groups: Callable[[], Served]
     _write_tables: Callable[[Served], None]
@@ -100,6 +103,7 @@ class Steps:
     def _run_micro_batches(self, closures: Sequence[Closure]) -> list[Any]:
         """Each closure with a perturbation of its own; their gradients are added up, weights restored."""
         losses, total, guard = [], None, None
+        self._parts = len(closures)
         served: Served = []
         for number, closure in enumerate(closures):
             self._micro_batch = number
@@ -113,12 +117,15 @@ class Steps:
             served = self._groups()
             for group, _ in served:
                 group.read_gradients()
-            grads = combination.hold(served, by_copy=False, number=_OF_MICRO_BATCHES + (total is not None))
+            if total is not None:
+                combination.check_apart(served, [total])
+            number = _OF_MICRO_BATCHES + (total is not None)
+            grads = combination.hold(served, self.copies_gradients, number)
             self.zero_grad()
-            total = grads if total is None else combination.add(served, total, grads)
+            total = grads if total is None else combination.add(served, total, grads, _OF_MICRO_BATCHES)
             for group, _ in served:
                 group.drop_gradients()
-        self._micro_batch = 0
+        self._micro_batch, self._parts = 0, 1
         combination.give(served, total or [])
         if guard is not None:
             self._measure = Measure(guard, [])
@@ -131,12 +138,18 @@ class Steps:
             if not losses:
                 losses.append(self._evaluate(closure, probe))
                 continue
+            before = [(p, p.grad) for group in self.param_groups for p in group["params"]]
             self._keeps_gradients = True  # closures clear them as they are used to; not now
             try:
                 with torch.enable_grad():
                     losses.append(closure(**self.closure_kwargs(probe)))
             finally:
                 self._keeps_gradients = False
+            if any(grad is not None and p.grad is not grad for p, grad in before):
+                raise RuntimeError(
+                    "step(): a closure of the list dropped or replaced the gradients of those before it; "
+                    "leave clearing them to the optimizer. The weights are restored and no step was taken"
+                )
         self._decay_inside()
         return losses
 
@@ -173,6 +186,10 @@ class Steps:
         needs_gradient = self.recipe.direction.needs_gradient
         for group, _ in served if needs_gradient else ():
             group.read_gradients()
+            if is_further:  # what was not perturbed in the first ascent takes no part in the others
+                group.grads = [
+                    None if s is None else g for s, g in zip(group.snapshots, group.grads, strict=True)
+                ]
         self._write_tables(served)
         if not is_further:
             self._begin_masks(served)
@@ -266,7 +283,8 @@ class Steps:
         is_due, mean, variance = cadence.decide(
             q, step, float(scalars.get("mean", 0.0)), float(scalars.get("variance", 0.0))
         )
-        scalars.update(mean=mean, variance=variance)
+        self._next_scalars = {"mean": mean, "variance": variance}
+        self._gate_is_closed = not is_due
         return is_due
 
     # ---- from gradients to the one that the base takes -----------------------------------------
@@ -318,7 +336,12 @@ class Steps:
         signs = [-1.0 if group.get("maximize", False) else 1.0 for group in self.param_groups]
         rates = [sign * group["lr"] for sign, group in zip(signs, self.param_groups, strict=True)]
         self._forget_held()
-        return lambda: combination.add_decoupled(served, rule, first, last, rates, guard)
+
+        def after() -> None:
+            combination.add_decoupled(served, rule, first, last, rates, guard)
+            combination.give_back(served, last)
+
+        return after
 
     def _forget_held(self) -> None:
         self._held, self._held_of = [], []
@@ -328,7 +351,7 @@ class Steps:
         if self.recipe.decay != "inside" or not any(g.get("weight_decay") for g in self.param_groups):
             return
         with torch.no_grad():
-            combination.add_decay(self._read_gradients(), self.param_groups)
+            combination.add_decay(self._read_gradients(), self.param_groups, 1.0 / self._parts)
 
 
 __all__ = ["Closure", "Steps"]

@@ -103,6 +103,7 @@ class TensorGroup:
         self._applies = applies if applies is not None else [True] * len(params)
         self._applies_tensor: Tensor | None = None
         self._buffers: list[Tensor | None] = [None] * len(params)
+        self._constants: dict[tuple[tuple[float, ...], ...], Tensor] = {}
         self._row_index: Tensor | None = None
         self._kept: dict[tuple[int, int], Tensor] = {}
         self._scratch: list[Tensor | None] = [None] * len(params)
@@ -294,6 +295,13 @@ class TensorGroup:
         if not self.is_compact(t):
             return self.scratch(t)
         return torch.empty_like(snapshot)
+
+    def constants(self, *rows: tuple[float, ...]) -> Tensor:
+        """float64 [rows, columns] on the device, made once: coefficients that no step changes."""
+        held = self._constants.get(rows)
+        if held is None:
+            held = self._constants[rows] = torch.tensor(rows, dtype=torch.float64, device=self.device)
+        return held
 
     def row_index(self) -> Tensor:
         """int64 [count] on the device: per tensor, its row of the table."""

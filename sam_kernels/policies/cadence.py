@@ -81,7 +81,7 @@ class WithProbability(Cadence):
 
     Example:
         >>> [WithProbability(0.5).is_due(step) for step in range(6)]
-        [True, True, False, True, True, True]
+        [True, True, True, True, False, True]
 
     Source: Zhao, Zhang, Hu 2022, arXiv 2203.09962 (RST).
     """
@@ -96,7 +96,7 @@ class WithProbability(Cadence):
 
     def is_due(self, step: int) -> bool:
         probability = self.probability(step) if callable(self.probability) else self.probability
-        return draw(self.seed, step) < probability
+        return draw(self.seed, step, _LOW) < probability  # the number of no tensor
 
 
 @dataclass(frozen=True)

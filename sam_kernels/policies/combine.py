@@ -283,10 +283,10 @@ class AdaptiveRatio(Combine):
         for name in ("lambda_0", "chi_up", "chi_down", "up", "down", "smallest", "largest"):
             check_number(self, name, getattr(self, name), least=0)
         check_choice(self, "weighting", self.weighting, ("blend", "add"))
-        if self.smallest > self.largest:
+        if not self.smallest <= self.lambda_0 <= self.largest:
             raise ValueError(
-                f"AdaptiveRatio: smallest is {self.smallest!r} and largest {self.largest!r}; expected "
-                "smallest to be at most largest"
+                f"AdaptiveRatio: lambda_0 is {self.lambda_0!r}; expected a number from smallest, "
+                f"{self.smallest!r}, to largest, {self.largest!r}"
             )
 
     def first_scalars(self) -> dict[str, float]:

@@ -83,6 +83,11 @@ class MultiStep(Probe):
     def needs_closure(self) -> bool:
         return self.n > 1
 
+    @property
+    def projects(self) -> bool:
+        """Whether an ascent may leave the ball and is brought back."""
+        return self.project and (self.n > 1 or self.step > 1)
+
 
 @dataclass(frozen=True)
 class Mirrored(Probe):

@@ -22,9 +22,13 @@ def normal(seed: int, step: int, tensor: int, count: int) -> np.ndarray:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)[:count]
 
 
+# Tensors are numbered from here on for their noise; random masks have the numbers below.
+FIRST = 1 << 31
+
+
 def noise(weights: Tensors, seed: int, step: int) -> Tensors:
     """Return standard normal numbers for each tensor, which are numbered in their order."""
     return {
-        name: torch.from_numpy(normal(seed, step, number, w.numel())).reshape(w.shape)
+        name: torch.from_numpy(normal(seed, step, FIRST + number, w.numel())).reshape(w.shape)
         for number, (name, w) in enumerate(weights.items())
     }

@@ -24,7 +24,7 @@ class Rst:
     def due(self, number: int) -> bool:
         """Return whether this step is SAM's."""
         p = self.probability(number) if callable(self.probability) else self.probability
-        return float(uniform(random_word(self.seed, number, 0, np.arange(1)))[0]) < p
+        return float(uniform(random_word(self.seed, number, 0xFFFFFFFF, np.arange(1)))[0]) < p
 
     def step(self, weights: Tensors, gradient: Gradient, base: Any, number: int) -> Tensors:
         """Return the weights after one step."""
