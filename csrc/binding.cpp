@@ -249,6 +249,8 @@ class Plan {
     run([&] { return library_->sq_norm(plan_, &args); });
   }
 
+  // How many there have been. Counted here, where no signal can come between a perturbation and its count.
+  std::int64_t perturbations() const { return perturbations_; }
   void perturb(std::uintptr_t table, int shape, double q, std::uintptr_t peak, std::uintptr_t norm,
                std::uintptr_t tensor_scale) {
     // Only tensors that were handed a snapshot buffer are perturbed.
@@ -270,6 +272,7 @@ class Plan {
     args.tensor_scale = at<const double>(tensor_scale);
     args.queue = queue_;
     run([&] { return library_->perturb(plan_, &args); });
+    ++perturbations_;
   }
 
   void restore() const {
@@ -505,6 +508,7 @@ class Plan {
   std::shared_ptr<Library> library_;
   py::object device_;
   samk_plan* plan_ = nullptr;
+  std::int64_t perturbations_ = 0;
   void* workspace_ = nullptr;
   samk_queue queue_{};
 };
@@ -557,6 +561,7 @@ PYBIND11_MODULE(_native, m) {
       .def("place", &Plan::place)
       .def("sq_norm", &Plan::sq_norm)
       .def("perturb", &Plan::perturb)
+      .def_property_readonly("perturbations", &Plan::perturbations)
       .def("restore", &Plan::restore)
       .def("grad_stats", &Plan::grad_stats)
       .def("combine", &Plan::combine)

@@ -141,6 +141,11 @@ class Native:
         plan.perturb(group.table.data_ptr(), _SHAPES[shape], q or 0.0, *map(_at, held))
         count_perturbation(group, present)
 
+    def perturbations(self, group: TensorGroup) -> int:
+        """How often the group was perturbed: a call that failed has written nothing, and is not counted."""
+        count: int = self._plan(group).perturbations
+        return count
+
     def restore_(self, group: TensorGroup) -> None:
         plan = self._plan(group)
         plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
