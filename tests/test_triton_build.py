@@ -22,13 +22,13 @@ import torch
 import sam_kernels
 from sam_kernels.backends import triton
 
-# One generation each with what its instructions differ in, and every dtype somewhere: what a dtype changes is
-# settled before the target has a say. + is every variant.
+# Every kernel for every target, and every dtype somewhere: what a dtype changes is settled before the target
+# has a say. + is every variant.
 SELECTED = {
-    "sm_80": "float32,float16",
-    "sm_90": "float32+,bfloat16,float64",
-    "sm_100": "float32,bfloat16",
-    "gfx942": "float32,bfloat16",
+    "sm_80": "float16",
+    "sm_90": "float32+,float64",
+    "sm_100": "bfloat16",
+    "gfx942": "float32",
 }
 NVIDIA = [target for target in SELECTED if target.startswith("sm_")]
 HELPER = Path(__file__).with_name("aot.py")

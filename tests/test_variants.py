@@ -57,7 +57,7 @@ def backward_through(loss, visited=None, weights=()):
     return closure
 
 
-@three_backends
+@every_backend
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda v: v.label)
 def test_known_numbers(vector, backend):
     if vector.problem is None:
