@@ -37,6 +37,11 @@ def evaluate(opt: SAM, closure: Closure, ahead: Closure) -> Any:
     if all(y is None for group, _ in served for y in opt._slots.lists(_SLOT, group)):
         (loss,) = opt._evaluate_all([closure], 0)
         opt._read_gradients()
+        total = perturbation.squares(served)
+        if not bool(torch.isfinite(total)):  # the host waits here in the first step alone
+            opt._measure = Measure(total, [])  # the step is skipped, and nothing is kept of it
+            opt._begin_perturbed()
+            return loss
         for group, _ in served:
             # Clones: the gradients belong to the parameters.
             opt._slots.put(_SLOT, group, [None if g is None else g.clone() for g in group.grads])

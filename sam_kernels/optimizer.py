@@ -31,6 +31,7 @@ from .policies import (
     AdaptiveRatio,
     Anticipated,
     Decoupled,
+    Dynamic,
     Euclidean,
     Lookbehind,
     MultiStep,
@@ -370,7 +371,8 @@ class SAM(Steps, MaskUpdates, Optimizer):
             raise TypeError(f"step(): recipe '{name}' takes one closure, not a list")
         recipe = self.recipe
         lasts = isinstance(recipe.combine, Decoupled | ReuseOrthogonal | AdaptiveRatio)
-        if m_sharpness and (lasts or isinstance(recipe.direction, Remembering) or recipe.cadence.needs_norm):
+        lasts = lasts or isinstance(recipe.direction, Remembering) or isinstance(recipe.mask, Dynamic)
+        if m_sharpness and (lasts or recipe.cadence.needs_norm):
             raise TypeError(
                 f"step(): recipe '{name}' keeps something from the gradient of each step, and micro-batches "
                 "would each write it; drop m_sharpness=True"

@@ -25,14 +25,18 @@ from variants import VARIANTS
 
 from sam_kernels import SAM, recipes
 from sam_kernels.policies import (
+    AdaptiveRatio,
     Anticipated,
     ByModule,
     Decoupled,
+    Dynamic,
     Every,
     Lookbehind,
+    Momentum,
     MultiStep,
     RandomStart,
     Ranked,
+    Remembering,
     ReuseOrthogonal,
 )
 
@@ -109,7 +113,13 @@ def takes_lists(recipe) -> bool:
 
 
 def takes_micro_batches(recipe) -> bool:
-    return takes_lists(recipe) and not isinstance(recipe.combine, Decoupled | ReuseOrthogonal)
+    lasts = isinstance(recipe.combine, Decoupled | ReuseOrthogonal | AdaptiveRatio)
+    lasts = lasts or isinstance(recipe.direction, Remembering) or isinstance(recipe.mask, Dynamic)
+    return takes_lists(recipe) and not lasts and not recipe.cadence.needs_norm
+
+
+def decays_outside(recipe) -> bool:
+    return recipe.decay == "outside"
 
 
 def draws_nothing(recipe) -> bool:
@@ -164,6 +174,8 @@ class Problem:
         kind, options = base
         self.options = {**options, **({"weight_decay": row.decay} if row.decay else {}), **more}
         recipe = self.options.pop("recipe", None) or row.build()
+        if isinstance(recipe.direction, Momentum) and kind is torch.optim.SGD:
+            self.options.setdefault("momentum", 0.9)  # without there is nothing to go along
         params = list(self.weights.items()) if groups is None else groups(self.weights)
         self.row, self.step_number, self.visited, self.passes = row, 0, [], 0
         self.opt = SAM(params, kind, recipe=recipe, backend=backend, **self.options)
@@ -674,7 +686,8 @@ def test_a_recipe_of_more_points_refuses_the_two_step_form_in_a_sentence(row, ba
 
 
 @three_backends
-@every(that(takes_two_steps, differentiates_first))
+# Where the decay is part of the loss, it is part of the gradient too.
+@every(that(takes_two_steps, differentiates_first, decays_outside))
 def test_first_step_leaves_the_gradients_as_they_were(row, backend):
     problem = Problem(row, MOMENTUM, backend)
     for number in range(3):
@@ -730,7 +743,10 @@ def test_between_every_kth_step_the_base_steps_alone_bit_for_bit(base, row, back
         else:
             assert same_bits(problem.now, alone.now)
             assert same_bits(base_state(problem.opt), base_state(alone.opt))
-        assert_same_lasting(ours(problem.opt), kept)
+        if row.recipe == "sampa":  # what was anticipated is of a batch that is gone by then
+            assert not any(place[-1] == "sam_anticipated" for place in ours(problem.opt))
+        else:
+            assert_same_lasting(ours(problem.opt), kept)
     assert problem.opt.param_groups[0]["sam_step"] == 5
 
 

@@ -277,7 +277,7 @@ class AdaptiveRatio(Combine):
     weighting: Literal["blend", "add"] = "blend"
 
     gradients = 2
-    dotted = 1
+    dotted = 2
 
     def __post_init__(self) -> None:
         for name in ("lambda_0", "chi_up", "chi_down", "up", "down", "smallest", "largest"):
