@@ -143,7 +143,7 @@ VARIANTS = {
             {"rho": 0.05, "k": 2, "alpha": 0.5},
             published.Lookbehind,
             {"rho": 0.05, "k": 2, "alpha": 0.5},
-            evaluations=4,
+            evaluations=3,
         ),
         Variant(
             "samar",
@@ -157,7 +157,7 @@ VARIANTS = {
             "SAMPa, one device",
             {"rho": 0.1, "lmbda": 0.2},
             published.Sampa,
-            {"rho": 0.1, "lmbda": 0.2},
+            {"rho": 0.1, "lmbda": 0.2, "momentum": True},
             evaluations=3,
         ),
         Variant("msam", "Momentum-SAM", {"rho": 0.3}, published.MomentumSam, {"rho": 0.3}, evaluations=1),

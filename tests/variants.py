@@ -495,8 +495,8 @@ VARIANTS = (
     variant("r_sam-noise-left", "r_sam", RSam, rho=0.1, noise=0.2, keep_noise=False, seed=9),
     variant("ae_sam", "ae_sam", AeSam, rho=0.1, steps=6),
     variant("ae_sam-mixed", "ae_sam", AeSam, rho=0.1, steps=6, decay=0.5, late=0.5, early=0.5),
-    variant("rst", "rst", Rst, rho=0.1, probability=0.5, seed=1),
-    variant("rst-schedule", "rst", Rst, rho=0.1, probability=lambda step: 1.0 - step / 5, seed=2),
+    variant("rst", "rst", Rst, rho=0.1, probability=0.5, seed=4),
+    variant("rst-schedule", "rst", Rst, rho=0.1, probability=lambda step: 1.0 - step / 5, seed=6),
     variant("lookbehind_sam", "lookbehind_sam", Lookbehind, rho=0.05, k=3, alpha=0.3),
     variant("lookbehind_sam-adaptive", "lookbehind_sam", Lookbehind, rho=0.05, k=2, alpha=None),
 )
