@@ -35,13 +35,21 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Files of which the interpreter runs every n-th case, n odd so that it meets every parameter. All other
 # backends run them whole.
-_THINNED = {"test_masks.py": 13, "test_selection.py": 7, "test_masked_passes.py": 3, "test_passes.py": 3}
+_THINNED = {
+    "test_bases.py": 3,
+    "test_masked_passes.py": 5,
+    "test_masks.py": 13,
+    "test_passes.py": 5,
+    "test_promises.py": 3,
+    "test_selection.py": 7,
+    "test_state_dict.py": 3,
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The interpreter takes a thousand times as long as what it interprets, so products are thinned for it.
 
-    Of files about masks it runs a part. Of recipes times base optimizers it runs every fourth pair: each
+    Of some files it runs a part. Of recipes times base optimizers it runs every eighth pair: each
     recipe and each base appears, in both dtypes. The rest is marked thorough; `pytest -m thorough` runs that.
     """
     thinned: dict[str, int] = {}
@@ -58,5 +66,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         number = RECIPES.index(recipe) + BASES.index(base)
         if parameters.get("dtype") == torch.float64:
             number += 2
-        if number % 4:
+        if number % 8:
             item.add_marker(pytest.mark.thorough)

@@ -19,12 +19,13 @@ from sam_kernels import backends
 from sam_kernels.backends import native
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "emulated"
+BUILD = ROOT / "build" / "cpp"  # `make test-cpp` has compiled the same sources there
 LIBRARY = BUILD / "libsamk_emulated.so"
 
 
 def _tool(name: str) -> str | None:
-    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+    # Those of this environment first, as in the Makefile: another cmake would compile everything again.
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
 
 
 def _is_fresh() -> bool:
