@@ -1,4 +1,4 @@
-"""Backends: interchangeable implementations of the six passes, and the choice between them.
+"""Backends: interchangeable implementations of the passes, and the choice between them.
 
 A backend is asked whether it can serve a tensor group and answers None or a sentence. An explicit
 wish must be honoured or raises; the automatic choice steps down and keeps the sentences, which
@@ -21,7 +21,7 @@ _ORDER = ("native", "triton", "foreach", "reference")
 
 
 class Backend(Protocol):
-    """The six passes over one `TensorGroup`; a scalar is a 0-d float64 tensor on the group's device."""
+    """The six passes over one `TensorGroup`, noise, and the selection of masks; a scalar is a 0-d float64 tensor on the group's device."""
 
     name: str
 
