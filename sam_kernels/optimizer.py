@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import anticipated, combination, lookbehind, ops, perturbation, state
+from .checkpoints import Checkpoints
+from .closures import check_closures
 from .construction import (
     build_base,
     check_decay,
@@ -28,21 +30,17 @@ from .masks import Masks
 from .perturbation import Measure, Served
 from .policies import (
     Adaptive,
-    AdaptiveRatio,
     Anticipated,
-    Decoupled,
-    Dynamic,
     Euclidean,
     Lookbehind,
     MultiStep,
     Remembering,
-    ReuseOrthogonal,
     Sparse,
 )
 from .recipe import Recipe, check_adaptive, check_rho
 from .schedules import ProportionalToLr
 from .selection import Block
-from .slots import SCALARS, Slots
+from .slots import Slots
 from .steps import Closure, Steps
 from .tensor_groups import FIXED, collect, lives_on_device
 
@@ -50,7 +48,7 @@ from .tensor_groups import FIXED, collect, lives_on_device
 _IDLE, _PERTURBED, _NOT_DUE, _RESTORED = "idle", "perturbed", "not due", "restored"
 
 
-class SAM(Steps, MaskUpdates, Optimizer):
+class SAM(Steps, MaskUpdates, Checkpoints):
     """Sharpness-aware minimization around a base optimizer.
 
     A step is: gradient at ``w``; ``w + e`` with ``e = rho T^2 g / (||T g|| + eps)``; gradient there;
@@ -129,21 +127,13 @@ class SAM(Steps, MaskUpdates, Optimizer):
         self.allow_plain_step = allow_plain_step
         self.max_grad_norm = check_max_norm(max_grad_norm, chosen)
         self._phase = _IDLE
-        self._served: Served | None = None
-        self._graphs_hold: list[Any] = []
-        self._layout: list[Any] = []
-        self._measure: Measure | None = None
-        self._held: combination.Held = []
-        self._held_of: Served = []
+        self._forget_transients()
         self._micro_batch, self._parts = 0, 1
-        self._next_scalars: dict[str, float] = {}
-        self._gate_is_closed = False
         self.copies_gradients = False
         self._keeps_gradients = False  # zero_grad does nothing
         self._slots = Slots()
         self._masks = Masks()
         self._given: set[Tensor] = set()  # parameters whose masks the recipe was asked for
-        self._next_masks: list[Block] | None = None  # in force from the next step on
         self._had_gradients = False  # in the first pass of the pending step
         self._clearings = 0  # how often gradients were cleared since then
         self._own_rho: set[int] = set()
@@ -157,6 +147,30 @@ class SAM(Steps, MaskUpdates, Optimizer):
             self._adopt_group(index)
         warn_if_names_are_missing(chosen, self.param_groups, model)
         self._groups()  # refuses now what could not be served later
+
+    # What no copy and no pickle takes along.
+    _TRANSIENT = (
+        "_served",
+        "_layout",
+        "_graphs_hold",
+        "_measure",
+        "_held",
+        "_held_of",
+        "_next_masks",
+        "_next_scalars",
+        "_gate_is_closed",
+    )
+
+    def _forget_transients(self) -> None:
+        self._served: Served | None = None
+        self._layout: list[Any] = []
+        self._graphs_hold: list[Any] = []
+        self._measure: Measure | None = None
+        self._held: combination.Held = []
+        self._held_of: Served = []
+        self._next_masks: list[Block] | None = None  # in force from the next step on
+        self._next_scalars: dict[str, float] = {}  # likewise
+        self._gate_is_closed = False
 
     @classmethod
     def wrap(cls, base_optimizer: Optimizer, recipe: Recipe | str | None = None, **kwargs: Any) -> SAM:
@@ -295,7 +309,7 @@ class SAM(Steps, MaskUpdates, Optimizer):
             RuntimeError: for a step() with nothing pending that would silently not be SAM, or a
                 step(closure) in the middle of a two-step.
         """
-        self._check_closures(closure, ahead, m_sharpness)
+        check_closures(self.recipe, closure, ahead, m_sharpness)
         was_idle = self._phase == _IDLE
         try:
             return self._step(closure, ahead=ahead, m_sharpness=m_sharpness)
@@ -344,39 +358,6 @@ class SAM(Steps, MaskUpdates, Optimizer):
                 self._begin(_RESTORED)
         self._descend()
         return loss
-
-    def _check_closures(self, closure: Any, ahead: Any, m_sharpness: bool) -> None:
-        """Raise a sentence unless step()'s arguments go together, and with the recipe."""
-        name = self.recipe.name
-        looks_ahead = isinstance(self.recipe.probe, Anticipated)
-        if ahead is not None and not (looks_ahead and callable(ahead)):
-            why = f"is {ahead!r}" if looks_ahead else f"was given, and recipe '{name}' does not look ahead"
-            raise TypeError(f"step(): ahead {why}; expected the next batch's closure for recipes that do")
-        if callable(closure) or closure is None:
-            if m_sharpness:
-                raise TypeError(
-                    "step(): m_sharpness=True goes with a list of closures, one for each micro-batch"
-                )
-            if looks_ahead and closure is not None and ahead is None:
-                raise TypeError(
-                    f"step(): recipe '{name}' evaluates the next batch too; expected step(closure, ahead=...)"
-                )
-            return
-        if not isinstance(closure, list | tuple) or not closure or not all(map(callable, closure)):
-            raise TypeError(
-                f"step(): closure is {closure!r}; expected a function that recomputes the loss, a list of "
-                "such functions, or None"
-            )
-        if isinstance(self.recipe.probe, Anticipated | Lookbehind):
-            raise TypeError(f"step(): recipe '{name}' takes one closure, not a list")
-        recipe = self.recipe
-        lasts = isinstance(recipe.combine, Decoupled | ReuseOrthogonal | AdaptiveRatio)
-        lasts = lasts or isinstance(recipe.direction, Remembering) or isinstance(recipe.mask, Dynamic)
-        if m_sharpness and (lasts or recipe.cadence.needs_norm):
-            raise TypeError(
-                f"step(): recipe '{name}' keeps something from the gradient of each step, and micro-batches "
-                "would each write it; drop m_sharpness=True"
-            )
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -825,108 +806,12 @@ class SAM(Steps, MaskUpdates, Optimizer):
                 f"{what}: a perturbed() block has ended and its descent is pending; call step(), {give_up}"
             )
 
-    # ---- checkpoints and copies ----------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state and ours, in torch's own layout; never snapshots.
-
-        A `torch.optim` optimizer of the base's class loads it, and the other way round.
-
-        Raises:
-            RuntimeError: while weights are perturbed.
-        """
-        self._require_idle("state_dict()")
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
-        state_dict = self._with_slots(self._with_masks(self.base_optimizer.state_dict()))
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            result = post_hook(self, state_dict)
-            state_dict = state_dict if result is None else result
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, or a checkpoint of the bare base optimizer.
-
-        Args:
-            state_dict: groups without "rho" or "adaptive" keep the present ones.
-
-        Raises:
-            RuntimeError: while weights are perturbed.
-            ValueError: if the parameter groups do not match, or hold a rho that is negative.
-        """
-        self._require_idle("load_state_dict()")
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            result = hook(self, state_dict)
-            state_dict = state_dict if result is None else result
-        self._measure = None
-        for index, group in enumerate(state_dict.get("param_groups", ())):
-            self._check_ours(group, f"load_state_dict(): param_groups[{index}]")
-        kept = [
-            {key: group[key] for key in (self._rho_key, self._adaptive_key)} for group in self.param_groups
-        ]
-        own_rho = set(self._own_rho)
-        state_dict, words = self._without_masks(state_dict)
-        state_dict, tensors, scalars = self._without_slots(state_dict)
-        self._masks.check(words)
-        Slots.check(tensors, scalars)
-        self.base_optimizer.load_state_dict(state_dict)
-        self._masks.load(words)
-        self._slots.load(tensors, scalars)
-        self._given = set(words)
-        for index, (group, ours) in enumerate(zip(self.param_groups, kept, strict=True)):
-            for key, value in ours.items():
-                group.setdefault(key, value)
-            self._adopt_group(index)
-        self._own_rho = own_rho  # a loaded value is no wish of the user's to leave the schedule
-        self._retire_groups()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def _with_slots(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """What policies keep, beside the base optimizer's state and in the first param group."""
-        entries, groups = dict(state_dict["state"]), list(state_dict["param_groups"])
-        for number, param in self._by_number(state_dict):
-            own = self._slots.saved(param)
-            if own:
-                entries[number] = {**entries.get(number, {}), **own}
-        groups[0] = {**groups[0], **self._slots.saved_scalars()}
-        return {**state_dict, "state": entries, "param_groups": groups}
-
-    def _without_slots(
-        self, state_dict: dict[str, Any]
-    ) -> tuple[dict[str, Any], dict[Tensor, dict[str, Tensor]], dict[str, float]]:
-        """What the base optimizer may load, and what is ours."""
-        if not {"state", "param_groups"} <= state_dict.keys() or not state_dict["param_groups"]:
-            return state_dict, {}, {}
-        entries, groups, tensors = dict(state_dict["state"]), list(state_dict["param_groups"]), {}
-        for number, param in self._by_number(state_dict):
-            entry = dict(entries.get(number, {}))
-            own = Slots.taken(entry)
-            if own:
-                tensors[param] = own
-                entries[number] = entry
-                if not entry:
-                    del entries[number]
-        first = dict(groups[0])
-        scalars = Slots.taken(first, SCALARS)
-        groups[0] = first
-        return {**state_dict, "state": entries, "param_groups": groups}, tensors, scalars
+    # ---- copies --------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_idle("copying or pickling")
         # As in torch.optim, hooks and what was assigned to methods stay behind: closures do not pickle.
-        transient = (
-            "_served",
-            "_graphs_hold",
-            "_next_masks",
-            "_layout",
-            "_measure",
-            "_held",
-            "_held_of",
-            "_next_scalars",
-            "step",
-            "closure_kwargs",
-        )
+        transient = (*self._TRANSIENT, "step", "closure_kwargs")
         return {
             key: value
             for key, value in self.__dict__.items()
@@ -935,11 +820,7 @@ class SAM(Steps, MaskUpdates, Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # gives empty places for hooks and names the step to the profiler
-        self._served, self._layout, self._measure = None, [], None
-        self._graphs_hold = []
-        self._next_masks = None
-        self._held, self._held_of = [], []
-        self._next_scalars, self._gate_is_closed = {}, False
+        self._forget_transients()
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1].rstrip()}\nRecipe: {self.recipe.name}\n)"

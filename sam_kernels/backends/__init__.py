@@ -21,7 +21,10 @@ _ORDER = ("native", "triton", "foreach", "reference")
 
 
 class Backend(Protocol):
-    """The six passes over one `TensorGroup`, noise, and the selection of masks; a scalar is a 0-d float64 tensor on the group's device."""
+    """The six passes over one `TensorGroup`, noise, and the selection of masks.
+
+    A scalar is a 0-d float64 tensor on the group's device.
+    """
 
     name: str
 

@@ -251,8 +251,10 @@ class Native:
         plan = self._plan(group)
         counts = torch.zeros(1 << bits, dtype=torch.int64, device=group.device)
         plan.point(_native.MASKS, "masks", masks, 0)
-        plan.count(_point_ranks(plan, group, ranks), prefix, shift, bits, counts.data_ptr())
-        _forget_masks(plan, group)
+        try:
+            plan.count(_point_ranks(plan, group, ranks), prefix, shift, bits, counts.data_ptr())
+        finally:
+            _forget_masks(plan, group)
         return counts
 
     def mark_(
@@ -271,17 +273,19 @@ class Native:
         plan = self._plan(group)
         present = plan.point(_native.MASKS, "masks", masks, 0)
         capacity = 0 if candidates is None else candidates.numel()
-        plan.mark(
-            _point_ranks(plan, group, ranks),
-            threshold,
-            shift,
-            add,
-            positions or [],
-            _at(candidates),
-            capacity,
-            _at(found),
-        )
-        _forget_masks(plan, group)
+        try:
+            plan.mark(
+                _point_ranks(plan, group, ranks),
+                threshold,
+                shift,
+                add,
+                positions or [],
+                _at(candidates),
+                capacity,
+                _at(found),
+            )
+        finally:
+            _forget_masks(plan, group)
         count_write(masks, masks, present)
 
     def _plan(self, group: TensorGroup) -> Any:
