@@ -39,7 +39,7 @@ test-python: $(READY) ## Python tests
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-cpp: $(READY) ## C++ tests, plain and under AddressSanitizer and UBSan
-	@$(call ctest_in,build/cpp,)
+	@$(call ctest_in,$$($(PLAIN_BUILD)),)
 	@$(call ctest_in,build/cpp-sanitized,address$(comma)undefined)
 
 lint: $(READY) ## ruff, mypy, clang-format
@@ -67,11 +67,17 @@ clean: ## remove builds and .venv
 
 # Configures, builds and runs the C++ tests in one folder; shows the log of a build that failed.
 comma := ,
+# Where setup.py has built the package with tools that are still there, its object files serve the tests too.
+PLAIN_BUILD = package=build/native-$$($(PY) -c 'import sys; print(sys.implementation.cache_tag)'); \
+  make=$$(sed -n 's/^CMAKE_MAKE_PROGRAM:[^=]*=//p' $$package/CMakeCache.txt 2>/dev/null); \
+  if [ -x "$$make" ]; then echo $$package; else echo build/cpp; fi
+
 define ctest_in
-echo "ctest in $(1)"; mkdir -p $(1); \
-{ $(TOOLS) cmake -S . -B $(1) -G Ninja -DSAMK_BUILD_PYTHON=OFF -DSAMK_BUILD_TESTS=ON -DSAMK_SANITIZE=$(2) \
-  && $(TOOLS) cmake --build $(1); } >$(1)/build.log 2>&1 || { cat $(1)/build.log >&2; exit 1; }; \
-$(TOOLS) ctest --test-dir $(1) --output-on-failure
+dir=$(1); echo "ctest in $$dir"; mkdir -p $$dir; \
+python=OFF; case $$dir in build/native-*) python=ON;; esac; \
+{ $(TOOLS) cmake -S . -B $$dir -G Ninja -DSAMK_BUILD_PYTHON=$$python -DSAMK_BUILD_TESTS=ON -DSAMK_SANITIZE=$(2) \
+  && $(TOOLS) cmake --build $$dir; } >$$dir/build.log 2>&1 || { cat $$dir/build.log >&2; exit 1; }; \
+$(TOOLS) ctest --test-dir $$dir --output-on-failure
 endef
 
 ifneq ($(VENV),)

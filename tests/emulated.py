@@ -10,6 +10,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -19,13 +20,24 @@ from sam_kernels import backends
 from sam_kernels.backends import native
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "cpp"  # `make test-cpp` has compiled the same sources there
-LIBRARY = BUILD / "libsamk_emulated.so"
 
 
 def _tool(name: str) -> str | None:
     # Those of this environment first, as in the Makefile: another cmake would compile everything again.
     return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+
+
+def _folder() -> Path:
+    """Where `make test-cpp` compiles the same sources: beside the package, or by themselves."""
+    package = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+    cache = package / "CMakeCache.txt"
+    # A build of pip's under isolation has lost its tools by now.
+    is_ours = cache.exists() and f"={_tool('ninja')}\n" in cache.read_text()
+    return package if is_ours else ROOT / "build" / "cpp"
+
+
+BUILD = _folder()
+LIBRARY = BUILD / "libsamk_emulated.so"
 
 
 def _is_fresh() -> bool:
@@ -41,7 +53,7 @@ def _build() -> str | None:
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         return "a C++ compiler is needed to compile the CUDA sources for the CPU"
     configure = [cmake, "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    configure += ["-DSAMK_BUILD_PYTHON=OFF"]
+    configure += [f"-DSAMK_BUILD_PYTHON={'ON' if BUILD.name.startswith('native') else 'OFF'}"]
     for command in (configure, [cmake, "--build", str(BUILD), "--target", "samk_emulated"]):
         done = subprocess.run(command, capture_output=True, text=True)
         # A source that does not compile is a defect, not a reason to skip.
