@@ -12,6 +12,7 @@ from .combination import on_device
 from .perturbation import Measure, Served
 from .running_stats import frozen
 from .steps import Closure
+from .tensor_groups import fitted
 
 if TYPE_CHECKING:
     from .optimizer import SAM
@@ -82,11 +83,12 @@ def _move_ahead(opt: SAM, served: Served) -> None:
             sign = -1.0 if own.get("maximize", False) else 1.0
             rows.append(torch.stack([1.0 - lr * decay, -sign * lr, -lr * momentum]).unsqueeze(0))
         state = opt.base_optimizer.state
-        momenta = [state.get(p, {}).get("momentum_buffer") for p in group.params]
-        params = [None if s is None else p for p, s in zip(group.params, group.snapshots, strict=True)]
+        found = [state.get(p, {}).get("momentum_buffer") for p in group.params]
+        momenta = [None if v is None else fitted(v, p) for v, p in zip(found, group.params, strict=True)]
+        params = group.perturbed()
         lists = [group.snapshots, opt._slots.lists(_SLOT, group), momenta]
         coefficients = torch.stack(rows)[group.row_index()]
-        backend.combine_(group, [params], lists, coefficients)  # type: ignore[list-item]
+        backend.combine_(group, [params], lists, coefficients)
 
 
 def _combine(opt: SAM, served: Served) -> None:
@@ -94,6 +96,8 @@ def _combine(opt: SAM, served: Served) -> None:
     combination.check_apart(served, opt._held)
     first = opt._held.pop()
     total = perturbation.squares(served)
+    for (group, backend), one in zip(served, first, strict=True):
+        total = total + backend.grad_stats(group, [one])[0].to(total.device)
     weights = opt.recipe.combine.weights(None, {})
     for (group, backend), one in zip(served, first, strict=True):
         two, kept = list(group.grads), opt._slots.lists(_SLOT, group)
@@ -101,9 +105,11 @@ def _combine(opt: SAM, served: Served) -> None:
         is_safe = torch.isfinite(total.to(group.device))
         outs = [None if g is None else y for g, y in zip(two, kept, strict=True)]
         backend.combine_(group, [outs], [two, kept], torch.where(is_safe, made, same))
-        new = [None if g is None or y is not None else g.clone() for g, y in zip(two, kept, strict=True)]
-        opt._slots.put(_SLOT, group, new)
-        opt._slots.drop(_SLOT, [p for p, g in zip(group.params, two, strict=True) if g is None])
+        if any((g is None) != (y is None) for g, y in zip(two, kept, strict=True)) and bool(is_safe):
+            # Only then the host waits: no state is made or dropped for a step that is skipped.
+            new = [None if g is None or y is not None else g.clone() for g, y in zip(two, kept, strict=True)]
+            opt._slots.put(_SLOT, group, new)
+            opt._slots.drop(_SLOT, [p for p, g in zip(group.params, two, strict=True) if g is None])
         backend.combine_(group, [two], [one, two], group.constants(weights))
         combination.write_back(group, two)
         group.drop_gradients()

@@ -114,7 +114,7 @@ def swap_first(served: Served, first: Lists) -> Lists:
     last = []
     for (group, _), own in zip(served, first, strict=True):
         last.append(group.grads)
-        # A tensor that has only one of the two takes that.
+        # A tensor that has the last alone takes that; without a last one it takes no step, as in torch.
         given = [gs if gs is None or g is None else g for gs, g in zip(group.grads, own, strict=True)]
         for p, g in zip(group.params, given, strict=True):
             if p.grad is not None and g is not None:
@@ -123,12 +123,26 @@ def swap_first(served: Served, first: Lists) -> Lists:
     return last
 
 
+def subtract(served: Served, last: Lists, first: Lists) -> None:
+    """``gs -= g`` where both are there: a base that steps by itself may write into the g that it is given."""
+    for (group, backend), gs, g in zip(served, last, first, strict=True):
+        both = [x if y is not None else None for x, y in zip(gs, g, strict=True)]
+        backend.combine_(group, [both], [both, g], group.constants((1.0, -1.0)))
+
+
 def add_decoupled(
-    served: Served, rule: Decoupled, first: Lists, last: Lists, rates: Sequence[Any], guard: Tensor | None
+    served: Served,
+    rule: Decoupled,
+    first: Lists,
+    last: Lists,
+    rates: Sequence[Any],
+    guard: Tensor | None,
+    is_difference: bool,
 ) -> None:
     """``w -= lr weight (g(w + e) - g)``, after the base's step.
 
     Args:
+        is_difference: whether `last` holds that difference already.
         rates: by param group, its lr, negative where it maximizes.
         guard: as in `combine`.
     """
@@ -139,6 +153,10 @@ def add_decoupled(
             size = torch.where(torch.isfinite(guard.to(group.device)), size, 0.0)
         both = [x is not None and y is not None for x, y in zip(g, gs, strict=True)]
         params = [p if has else None for p, has in zip(group.params, both, strict=True)]
+        if is_difference:
+            rows = torch.stack([torch.ones_like(size), -size], dim=1).unsqueeze(1)
+            backend.combine_(group, [params], [params, gs], rows)  # type: ignore[list-item]
+            continue
         rows = torch.stack([torch.ones_like(size), -size, size], dim=1).unsqueeze(1)
         backend.combine_(group, [params], [params, gs, g], rows)  # type: ignore[list-item]
 

@@ -115,8 +115,11 @@ def cost(recipe: Recipe, base: Any = torch.optim.SGD, **base_kwargs: Any) -> tup
             sum(x.numel() * _FLOAT for own in opt._slots.tensors.values() for x in own.values()) / total
         )
         step.memory += opt._masks.nbytes() / total
-        found["perturb_" in step.passes or "noise_" in step.passes] = step
-    return found[True], found.get(False)
+        perturbs = "perturb_" in step.passes
+        if perturbs:  # gradients that are held beyond the ones in `.grad`
+            step.memory += _FLOAT * (recipe.combine.gradients - 1)
+        found[perturbs] = step
+    return found.get(True, found.get(False, Cost())), found.get(False) if True in found else None
 
 
 def table(recipes: dict[str, Callable[[], Recipe]]) -> Report:

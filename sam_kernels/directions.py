@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from .backends import Backend
 from .policies import Direction, Momentum, Noise, Remembering
 from .slots import Slots
-from .tensor_groups import TensorGroup, has_none
+from .tensor_groups import TensorGroup, fitted, has_none
 
 _EMA = "ema"
 
@@ -41,13 +41,14 @@ def aim_at_noise(
 def aim_at_momentum(group: TensorGroup, base: Optimizer) -> None:
     """``d = v``, the base optimizer's momentum; the sign is that of `sign_of`."""
     entries = [base.state.get(p, {}) for p in group.params]
-    group.grads = [
+    found = [
         next((entry[name] for name in _MOMENTA if entry.get(name) is not None), None) for entry in entries
     ]
-    for t, (v, p) in enumerate(zip(group.grads, group.params, strict=True)):
-        if v is not None and (v.dtype, v.device, v.stride()) != (p.dtype, p.device, p.stride()):
-            group.grads[t] = torch.empty_like(p, requires_grad=False).copy_(v)
-    group.has_all_grads = all(v is not None for v in group.grads)
+    group.grads = [
+        fitted(v, p) if v is not None and p.requires_grad else None
+        for v, p in zip(found, group.params, strict=True)
+    ]
+    group.has_all_grads = not has_none(group.grads)
 
 
 def aim_past_memory(

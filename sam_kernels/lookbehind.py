@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import perturbation
+from . import perturbation, state
 from .combination import on_device
 from .perturbation import Served
 from .policies import Lookbehind
@@ -40,6 +40,12 @@ def step(opt: SAM, closure: Closure, probe: Lookbehind) -> Any:
         first: Lists = []
         for number in range(probe.k):
             opt._evaluate_all([closure], number + 1)
+            if opt._present_layout() != opt._layout:
+                raise RuntimeError(
+                    "step(): parameters were added or removed during a step. The weights are restored and no "
+                    "step was taken; do so between steps"
+                )
+            opt._revalidate()
             with torch.no_grad():
                 _step_base(opt, served, base)
                 if number == 0 and probe.alpha is None:
@@ -56,7 +62,7 @@ def step(opt: SAM, closure: Closure, probe: Lookbehind) -> Any:
             rows = torch.stack([torch.ones_like(alpha), alpha], dim=-1).unsqueeze(-2)
             # w + alpha (last - w): where the base did not move, the sum is w to the bit.
             backend.combine_(group, [base[i]], [base[i], group.snapshots], group.constants((1.0, -1.0)))
-            backend.combine_(group, [_perturbed(group)], [group.snapshots, base[i]], rows)
+            backend.combine_(group, [group.perturbed()], [group.snapshots, base[i]], rows)
             perturbation.forget(group)
     return loss
 
@@ -68,15 +74,27 @@ def _step_base(opt: SAM, served: Served, base: Lists) -> None:
         for p, s in zip(group.params, group.snapshots, strict=True):
             if s is None:
                 p.grad = None  # what was not perturbed takes no part in this step
+    kept: Lists = []
+    if state.fused_rule(opt.base_optimizer)[0] is None:
+        # A base that steps by itself may write into the gradients, and the next ascent reads them.
+        opt._read_gradients()
+        kept = [
+            _copies(group, backend, list(group.grads), group.kept_like(group.grads, 2))
+            for group, backend in served
+        ]
     try:
         opt._step_base_in_place()
     finally:
         _exchange(served, base)
+    for (group, _), own in zip(served, kept, strict=False):
+        for p, g in zip(group.params, own, strict=True):
+            if g is not None and p.grad is not None:
+                p.grad.copy_(g)
 
 
 def _exchange(served: Served, base: Lists) -> None:
     for (group, backend), own in zip(served, base, strict=True):
-        params = _perturbed(group)
+        params = group.perturbed()
         backend.combine_(group, [params, own], [params, own], group.constants((0.0, 1.0), (1.0, 0.0)))
 
 
@@ -90,10 +108,6 @@ def _share(group: Any, backend: Any, base: list[Tensor | None], first: list[Tens
     lengths = (dots[:, 0] * dots[:, 2]).sqrt()
     cosine = torch.where(lengths == 0, 0.0, dots[:, 1] / lengths)
     return (cosine + 1) / 2
-
-
-def _perturbed(group: Any) -> list[Any]:
-    return [None if s is None else p for p, s in zip(group.params, group.snapshots, strict=True)]
 
 
 def _copies(group: Any, backend: Any, tensors: list[Tensor | None], outs: list[Tensor | None]) -> list[Any]:

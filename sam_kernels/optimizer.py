@@ -71,7 +71,9 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             ``step(closure)`` freeze normalization statistics in every pass but the first.
         allow_plain_step: let ``step()`` with nothing pending be a step of the base optimizer alone.
         max_grad_norm: scale the gradient that the base gets, after all gradients of the step are combined, to
-            at most this norm over all parameters, as `torch.nn.utils.clip_grad_norm_` does; None for not.
+            at most this norm over all parameters, as `torch.nn.utils.clip_grad_norm_` does; a norm that is
+            not finite skips the step. Where the base's update is fused, ``.grad`` stays as it is. None for
+            not.
         **base_kwargs: for the base optimizer's class, e.g. lr, momentum, weight_decay.
 
     Attributes:
@@ -159,6 +161,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         "_next_masks",
         "_next_scalars",
         "_gate_is_closed",
+        "_swapped",
     )
 
     def _forget_transients(self) -> None:
@@ -171,6 +174,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         self._next_masks: list[Block] | None = None  # in force from the next step on
         self._next_scalars: dict[str, float] = {}  # likewise
         self._gate_is_closed = False
+        self._swapped: tuple[Served, combination.Lists] | None = None
 
     @classmethod
     def wrap(cls, base_optimizer: Optimizer, recipe: Recipe | str | None = None, **kwargs: Any) -> SAM:
@@ -179,7 +183,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         Args:
             base_optimizer: an instance, possibly with state already.
             recipe: as in the constructor.
-            **kwargs: rho, adaptive, backend, model, allow_plain_step.
+            **kwargs: rho, adaptive, backend, model, allow_plain_step, max_grad_norm.
 
         Raises:
             TypeError: if base_optimizer is not an instance.
@@ -237,6 +241,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         self.base_optimizer.add_param_group(param_group)
         last = len(self.param_groups) - 1
         try:
+            check_momentum(self.recipe, self.base_optimizer)
             self._adopt_group(last)
             self._retire_groups()
             self._groups()
@@ -293,8 +298,9 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         `perturbed` began.
 
         A list of closures is one batch in parts. Each gradient is then the sum over all parts, exactly that
-        of the whole batch if their losses add up to its loss; with `m_sharpness` every part has a
-        perturbation of its own, and the resulting gradients are added up.
+        of the whole batch if their losses add up to its loss; the parts must not clear gradients, but by this
+        optimizer's ``zero_grad``, which does nothing there. With `m_sharpness` every part has a perturbation
+        of its own, and the resulting gradients are added up.
 
         Args:
             closure: recomputes the loss, calls backward and returns the loss; or a list of such functions.
@@ -385,6 +391,8 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             self._begin(_NOT_DUE)  # the base steps alone on this one
         if zero_grad:
             self.zero_grad()
+        if self._phase == _PERTURBED and not self.recipe.direction.needs_gradient:
+            self._had_gradients, self._clearings = True, 0  # the only ones are to come
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Descent step: restore the weights and let the base step with the present gradients.
@@ -518,6 +526,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         self._next_masks = None
         self._next_scalars = {}
         self._gate_is_closed = False
+        self._give_back()
         self._forget_held()
         self._micro_batch, self._parts = 0, 1
         for group, _ in self._served or []:
@@ -576,14 +585,14 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         guard = self._measure.norm if is_pending and self._measure is not None else None
         try:
             self._revalidate()
-            had_none = not self.recipe.direction.needs_gradient and self._phase == _PERTURBED
-            is_lost = is_pending and (self._had_gradients or had_none) and not self._has_gradients()
+            is_lost = is_pending and self._had_gradients and not self._has_gradients()
             # Cleared once more than there were passes before means that this one was given up on purpose.
-            if is_lost and self._clearings < (1 if had_none else 2):
-                which = "" if had_none else ", though there were some in the first pass"
+            has_first = self.recipe.direction.needs_gradient
+            if is_lost and self._clearings < 1 + has_first:
+                which = ", though there were some in the first pass" if has_first else ""
                 raise RuntimeError(
                     f"step(): no parameter has a gradient{which}. The weights are restored and nothing was "
-                    f"updated; call backward(){'' if had_none else ' again'} between first_step() and step()"
+                    f"updated; call backward(){' again' if has_first else ''} between first_step() and step()"
                 )
             after, clip = None, None
             if not is_lost:
@@ -591,7 +600,9 @@ class SAM(Steps, MaskUpdates, Checkpoints):
                 self._combine_gradients()
                 if not self.is_due or self._gate_is_closed:
                     self._reuse_gradients()
-                clip = self._clip()
+                clip, norm = self._clip()
+                if norm is not None:
+                    guard = norm if guard is None else guard + norm.to(guard.device)
             if guard is not None and not self.recipe.direction.needs_gradient:
                 # No gradient has been looked at yet.
                 guard = guard + perturbation.squares(self._read_gradients()).to(guard.device)
@@ -633,7 +644,10 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         try:
             for group, _ in served:
                 group.snapshots, group.is_perturbed = [None] * len(group.params), False
-            self._update(guard, self._clip())
+            clip, norm = self._clip()
+            if norm is not None:
+                guard = norm if guard is None else guard + norm.to(guard.device)
+            self._update(guard, clip)
         finally:
             for group, snapshots in kept:
                 group.snapshots, group.is_perturbed = snapshots, True
@@ -642,6 +656,8 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         """The step is over: nothing is pending, and it counts."""
         self._phase = _IDLE
         self._measure = None
+        for group, _ in [*(self._served or []), *self._held_of]:
+            group.drop_gradients()  # held on to, they would outlive `zero_grad` and the next backward
         self._forget_held()
         self._slots.scalars.update(self._next_scalars)
         self._next_scalars = {}
@@ -649,18 +665,18 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         if self._next_masks is not None and not is_lost:
             self._masks.take(self._next_masks)
         self._next_masks = None
-        for group in self.param_groups:
-            group["sam_step"] += 1
+        for param_group in self.param_groups:
+            param_group["sam_step"] += 1
 
-    def _clip(self) -> Tensor | None:
-        """``min(1, max_grad_norm / (||d|| + 1e-6))``, float64 on the device; None without a bound."""
+    def _clip(self) -> tuple[Tensor | None, Tensor | None]:
+        """``min(1, max_grad_norm / (||d|| + 1e-6))`` and ``||d||``, on the device; None without a bound."""
         served = self._groups()
         if self.max_grad_norm is None or not served:
-            return None
+            return None, None
         for group, _ in served:
             group.read_gradients()
         norm = perturbation.squares(served).sqrt()
-        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), norm
 
     def _descend_fused(self, rule: str, guard: Tensor | None, clip: Tensor | None = None) -> None:
         served = self._groups()
@@ -699,7 +715,8 @@ class SAM(Steps, MaskUpdates, Checkpoints):
     def _plain_step(self) -> None:
         lrs = [group.get("lr") for group in self.param_groups]
         # A rate on the device is not waited for: it is a schedule's, and not that zero.
-        if all(lr is not None and not lives_on_device(lr) and float(lr) == 0.0 for lr in lrs):
+        no_rate = all(lr is not None and not lives_on_device(lr) and float(lr) == 0.0 for lr in lrs)
+        if no_rate and self.is_due:
             # torch's distributed checkpoint asks for a step like this to make the state exist.
             self.base_optimizer.step()
             return
@@ -710,6 +727,8 @@ class SAM(Steps, MaskUpdates, Checkpoints):
                 "step(closure), or first_step() before the second backward; allow_plain_step=True permits "
                 "steps of the base alone"
             )
+        if isinstance(self.recipe.probe, Anticipated):
+            anticipated.forget(self)  # what was anticipated is behind after this step
         self._decay_inside()
         self._descend()
 

@@ -6,15 +6,13 @@ weights before the step, and restoring them ends it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .directions import noise_number, seed_of
 from .perturbation import Measure, Served
 from .policies import RandomStart
-from .tensor_groups import Column, TensorGroup, has_none
+from .tensor_groups import Column, has_none
 
 
 def ascend_further(served: Served, found: Measure) -> None:
@@ -45,7 +43,7 @@ def project(served: Served, step: float) -> None:
     total: Tensor | None = None
     displacements = []
     for group, backend in served:
-        snapshots, params = group.snapshots, _perturbed(group)
+        snapshots, params = group.snapshots, group.perturbed()
         away = group.scratch_like(snapshots)
         backend.combine_(group, [away], [params, snapshots], group.constants((1.0, -1.0)))
         squares = backend.grad_stats(group, [away], per_tensor=True)[:, 0]
@@ -59,13 +57,13 @@ def project(served: Served, step: float) -> None:
     for (group, backend), away in zip(served, displacements, strict=True):
         c = shrink.to(group.device)
         coefficients = torch.stack([torch.ones_like(c), c]).unsqueeze(0)
-        backend.combine_(group, [_perturbed(group)], [group.snapshots, away], coefficients)
+        backend.combine_(group, [group.perturbed()], [group.snapshots, away], coefficients)
 
 
 def mirror(served: Served) -> None:
     """``w = w_0 - (w - w_0)``: to the other side."""
     for group, backend in served:
-        params = _perturbed(group)
+        params = group.perturbed()
         backend.combine_(group, [params], [group.snapshots, params], group.constants((2.0, -1.0)))
 
 
@@ -84,7 +82,7 @@ def start_at_random(
         noise = group.scratch_like(group.snapshots)
         own = [noise_number(numbers[p]) for p in group.params]
         backend.noise_(group, noise, seed_of(policy.seed, micro_batch), step % (1 << 32), own)
-        params = _perturbed(group)
+        params = group.perturbed()
         dots = backend.grad_stats(group, [params, noise], per_tensor=True)
         lengths = policy.noise * (dots[:, 0] / dots[:, 2]).sqrt()
         lengths = torch.where(torch.isfinite(lengths), lengths, 0.0)
@@ -92,8 +90,3 @@ def start_at_random(
         backend.combine_(group, [group.snapshots], [params], group.constants((1.0,)))
         group.is_perturbed = True  # before the weights move, so that whatever fails moves them back
         backend.combine_(group, [params], [params, noise], coefficients)
-
-
-def _perturbed(group: TensorGroup) -> list[Any]:
-    """The parameters that have a snapshot."""
-    return [None if s is None else p for p, s in zip(group.params, group.snapshots, strict=True)]

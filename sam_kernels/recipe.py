@@ -13,6 +13,7 @@ from .policies import (
     Combine,
     Dense,
     Direction,
+    Dynamic,
     Euclidean,
     EveryStep,
     Gradient,
@@ -136,6 +137,9 @@ class Recipe:
                 return f"combine {combine} reads the gradient at w, and direction {direction} evaluates none"
             if self.cadence.needs_norm:
                 return f"the cadence goes by the gradient at w, and direction {direction} evaluates none"
+        if isinstance(self.mask, Dynamic) and not self.direction.needs_gradient:
+            direction = type(self.direction).__name__
+            return f"the mask Dynamic changes by the gradient at w, and direction {direction} evaluates none"
         if isinstance(self.probe, Mirrored) != (self.combine.gradients == 3):
             return f"probe {probe} and combine {combine} do not fit: Mirrored() and Curvature() go together"
         if isinstance(self.probe, Anticipated) != isinstance(self.combine, Anticipate):

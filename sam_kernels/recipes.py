@@ -1,6 +1,6 @@
 """The catalogue: every published method as a short function that returns a `Recipe`.
 
-To add one, write a function here, decorate it, and give it a row in tests/cases.py.
+To add one, write a function here, decorate it, and give it a row in tests/variants.py.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import combination, directions, perturbation, probing
+from . import combination, directions, perturbation, probing, state
 from .combination import Held
 from .perturbation import Measure, Served
 from .policies import (
@@ -48,6 +48,9 @@ class Steps:
     _held_of: Served  # the groups whose gradients are held
     _micro_batch: int
     _parts: int
+    _swapped: tuple[Served, combination.Lists] | None
+    _had_gradients: bool
+    _clearings: int
     _next_scalars: dict[str, float]
     _gate_is_closed: bool
     copies_gradients: bool
@@ -77,6 +80,7 @@ class Steps:
             return self._evaluate_all(closures, 0)
         if not recipe.direction.needs_gradient:
             self._ascend()
+            self._had_gradients = False  # those that may be there are of another step
             return self._evaluate_all(closures, 0)
         if isinstance(probe, RandomStart):
             self._start_at_random(probe)
@@ -114,13 +118,18 @@ class Steps:
             if self._measure is not None:
                 norm = self._measure.norm
                 guard = norm if guard is None else guard + norm
+            if served and self._groups() is not served:
+                raise RuntimeError(
+                    "step(): parameters were added, removed or moved between the micro-batches of a step. "
+                    "The weights are restored and no step was taken; do so between steps"
+                )
             served = self._groups()
             for group, _ in served:
                 group.read_gradients()
             if total is not None:
                 combination.check_apart(served, [total])
-            number = _OF_MICRO_BATCHES + (total is not None)
-            grads = combination.hold(served, self.copies_gradients, number)
+            place = _OF_MICRO_BATCHES + (total is not None)
+            grads = combination.hold(served, self.copies_gradients, place)
             self.zero_grad()
             total = grads if total is None else combination.add(served, total, grads, _OF_MICRO_BATCHES)
             for group, _ in served:
@@ -156,6 +165,7 @@ class Steps:
     def _evaluate(self, closure: Closure, probe: int) -> Any:
         """The gradient of one closure in place of those that are there."""
         self.zero_grad()
+        self._clearings = 0  # none that the user has asked for
         # Under autocast around a whole step, the casts of weights that have moved since would be used again.
         torch.clear_autocast_cache()
         with torch.enable_grad():
@@ -333,15 +343,25 @@ class Steps:
         combination.check_apart(served, self._held)
         first = self._held[0]
         last = combination.swap_first(served, first)
+        self._swapped = (served, last)
+        is_difference = state.fused_rule(self.base_optimizer)[0] is None
+        if is_difference:
+            combination.subtract(served, last, first)
         signs = [-1.0 if group.get("maximize", False) else 1.0 for group in self.param_groups]
         rates = [sign * group["lr"] for sign, group in zip(signs, self.param_groups, strict=True)]
         self._forget_held()
 
         def after() -> None:
-            combination.add_decoupled(served, rule, first, last, rates, guard)
-            combination.give_back(served, last)
+            combination.add_decoupled(served, rule, first, last, rates, guard, is_difference)
+            self._give_back()
 
         return after
+
+    def _give_back(self) -> None:
+        """Parameters get their own gradient tensors again, where others were swapped in."""
+        if self._swapped is not None:
+            combination.give_back(*self._swapped)
+            self._swapped = None
 
     def _forget_held(self) -> None:
         self._held, self._held_of = [], []

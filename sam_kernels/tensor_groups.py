@@ -216,7 +216,7 @@ class TensorGroup:
             fits = self._all_contiguous and _are_plain(present, self.dtype)
             self.has_all_grads = False
         if not fits:
-            grads = [None if g is None else _fitted(g, p) for g, p in zip(grads, self.params, strict=True)]
+            grads = [None if g is None else fitted(g, p) for g, p in zip(grads, self.params, strict=True)]
             self.has_all_grads = not has_none(grads)
         self.grads = grads
         self.reads += 1
@@ -308,6 +308,10 @@ class TensorGroup:
         if self._row_index is None:
             self._row_index = torch.tensor(self.row, device=self.device)
         return self._row_index
+
+    def perturbed(self) -> list[Tensor | None]:
+        """The parameters that have a snapshot."""
+        return [None if s is None else p for p, s in zip(self.params, self.snapshots, strict=True)]
 
     def drop_snapshots(self) -> None:
         """Forget which tensors were perturbed; the buffers stay for the next step."""
@@ -408,11 +412,12 @@ def _describe(device: torch.device, dtype: torch.dtype, shape: torch.Size, strid
     return f"{dtype} {tuple(shape)} with strides {strides} on {device}"
 
 
-def _fitted(grad: Tensor, param: Tensor) -> Tensor:
-    """The gradient as a dense tensor with the dtype and the strides of its parameter."""
+def fitted(grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient, or a slot, as a dense tensor with dtype, device and strides of its parameter."""
     if grad.layout != torch.strided:
         grad = grad.to_dense()
-    if grad.dtype == param.dtype and (grad.stride() == param.stride() or grad.numel() <= 1):
+    is_alike = grad.dtype == param.dtype and grad.device == param.device
+    if is_alike and (grad.stride() == param.stride() or grad.numel() <= 1):
         return grad
     return torch.empty_like(param, requires_grad=False).copy_(grad)
 

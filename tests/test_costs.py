@@ -15,7 +15,7 @@ from sam_kernels import SAM, recipes
 from sam_kernels.costs import cost
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-ROWS = re.findall(r"^\| `(\w+)` \| .* \| ([\d.or ]+) \| ([\d.or ]+) \| ([\d.]+) \|$", README, re.MULTILINE)
+ROWS = re.findall(r"^\| `(\w+)` \| .* \| ([\d.or ]+) \| ([\d.or ]+) \| ([\d.or ]+) \|$", README, re.MULTILINE)
 
 
 def spelled(*costs) -> str:

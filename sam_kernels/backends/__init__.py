@@ -102,7 +102,7 @@ class Backend(Protocol):
         Args:
             outs: written in the order of memory; calculated in float32, then rounded to the list's dtype.
             seed, step: the key and part of the counter.
-            numbers: per tensor, its place among all parameters of the optimizer.
+            numbers: per tensor, its number for random numbers.
         """
         ...
 

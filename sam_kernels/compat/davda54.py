@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -95,6 +95,11 @@ class SAM(optimizer.SAM):
                 "and zero_grad() after it"
             )
         return None  # the gradients of the first pass are the caller's, and so is their loss
+
+    def _run_probes(self, closures: Sequence[Callable[..., Any]]) -> list[Any]:
+        if len(closures) != 1:
+            raise TypeError("SAM.step(): expected one closure; lists of closures go with sam_kernels.SAM")
+        return super()._run_probes(closures)
 
     def _plain_step(self) -> None:
         if not self.allow_plain_step and any(group.get("lr") != 0 for group in self.param_groups):
