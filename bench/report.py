@@ -22,7 +22,7 @@ NOISE = (
     "so even ratios flatter us; not to be quoted"
 )
 
-SECTIONS = ("step", "host", "passes", "sparse", "variants", "train")
+SECTIONS = ("step", "host", "passes", "sparse", "variants", "train", "whole")
 
 
 def number(x: float | None) -> str:
@@ -66,6 +66,7 @@ def unit_table(results: Results, unit: str) -> Table:
         "sparse": _update_table if unit.startswith("sparse/update/") else _masked_table,
         "variants": lambda results, unit: variants_table(results, [unit]),
         "train": _train_table,
+        "whole": _whole_table,
     }
     return tables[section](results, unit)
 
@@ -365,6 +366,33 @@ def _train_table(results: Results, unit: str) -> Table:
             _percent(phase["p50"] / total["p50"]),
             number(1e3 * first["items"] / total["p50"]),
             number(ratio and ratio["p50"]),
+        )
+    return _reasons(results, unit, table)
+
+
+def _whole_table(results: Results, unit: str) -> Table:
+    rows = [row for row in results.rows if row["unit"] == unit]
+    first = rows[0]
+    table = _table(
+        f"Whole training step of every recipe: {MODELS[first['case']][0]} ({first['numel'] / 1e6:.1f}M), "
+        f"{BASES[first['base']].title}, batch {first['batch']}; milliseconds",
+        "recipe",
+        "step",
+        "p20 .. p80",
+        "x base\nalone",
+        "p20 .. p80\nof that",
+    )
+    for key in results.peers(unit):
+        total = results.find(unit, key, "total_ms")
+        if total is None:
+            continue
+        ratio = results.ratio(unit, key, PLAIN, "total_ms")
+        table.add_row(
+            PLAIN_LABEL if key == PLAIN else key,
+            number(total["p50"]),
+            _spread(total),
+            number(ratio and ratio["p50"]),
+            "" if ratio is None else f"{number(ratio['p20'])} .. {number(ratio['p80'])}",
         )
     return _reasons(results, unit, table)
 

@@ -95,6 +95,14 @@ def plan(arguments: argparse.Namespace) -> Iterator[tuple[str, Measure]]:
         for name, (*_, batches, _, _) in training.MODELS.items():
             for batch in batches[:1] if quick else batches:
                 yield f"train/{name}/{batch}", partial(training.measure, name, batch, effort)
+    if "whole" in arguments.only:
+        for name, (*_, batches, _, _) in training.MODELS.items():
+            if quick and name != "cnn":
+                continue
+            batch = batches[0 if quick else -1]
+            chosen = _QUICK_VARIANTS if quick else None
+            run_one = partial(training.measure_recipes, name, batch, effort, chosen=chosen)
+            yield f"whole/{name}/{batch}", run_one
 
 
 def _steps(arguments: argparse.Namespace, cases: list[str], dtype: torch.dtype) -> Iterator[steps.Unit]:

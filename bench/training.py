@@ -127,6 +127,64 @@ def measure(name: str, batch: int, effort: Effort, log: Callable[[str], None], t
     return [{**about, "numel": numel, **row} for row in rows]
 
 
+def measure_recipes(
+    name: str, batch: int, effort: Effort, log: Callable[[str], None], tick: Callable
+) -> list[Row]:
+    """Training steps with every recipe and with the base alone, all interleaved, each with its own copy."""
+    try:
+        from sam_kernels import SAM, recipes
+    except ImportError as error:
+        return [single("sam", "skipped", f"sam_kernels does not import ({error})")]
+    torch.manual_seed(0)
+    _, make, data, base_name, _, items, unit = MODELS[name]
+    base, model = BASES[base_name], make()
+    inputs, targets = data(batch)
+    about = {"section": "whole", "case": name, "base": base_name, "dtype": "float32", "batch": batch}
+    about |= {"items": batch * items, "unit_of_items": unit, "tensors": len(list(model.parameters()))}
+    rows: list[Row] = []
+    contestants: dict[str, Contestant] = {}
+    for key in (
+        PLAIN,
+        *(recipe for recipe in recipes.names() if recipe != "k_sam"),
+    ):  # that is sam, on samples
+        own = copy.deepcopy(model)
+        try:
+            if key == PLAIN:
+                opt = base.kind(own.parameters(), **base.options, fused=True)
+            else:
+                opt = SAM(
+                    own.named_parameters(), base.kind, recipe=key, backend="native", model=own, **base.options
+                )
+            contestant = _whole_step(own, opt, inputs, targets, looks_ahead=key == "sampa")
+            contestant()
+        except RuntimeError as reason:
+            rows.append(single(key, "skipped", str(reason)))
+            log(f"  skipped  {key}: {reason}")
+            continue
+        contestants[key] = contestant
+    for key, parts in interleave(contestants, effort, tick).items():
+        rows.append(measured(key, "total_ms", [1e3 * s for s in parts["total"]]))
+    numel = sum(p.numel() for p in model.parameters())
+    return [{**about, "numel": numel, **row} for row in rows]
+
+
+def _whole_step(
+    model: nn.Module, opt: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, looks_ahead: bool
+) -> Contestant:
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = F.cross_entropy(model(inputs), targets)
+        loss.backward()
+        return loss
+
+    def contestant() -> dict[str, float]:
+        began = time.perf_counter()
+        opt.step(closure, ahead=closure) if looks_ahead else opt.step(closure)  # type: ignore[call-arg]
+        return {"total": time.perf_counter() - began}
+
+    return contestant
+
+
 def _training_step(model: nn.Module, peer, inputs: Tensor, targets: Tensor, gradients: int) -> Contestant:  # type: ignore[no-untyped-def]
     def gradient() -> None:
         model.zero_grad(set_to_none=True)

@@ -46,7 +46,15 @@ def test_bench_runs_and_writes_rows_a_table_and_a_picture(tmp_path, monkeypatch,
     assert run.main() == 0
     printed = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "quick.jsonl").read_text().splitlines()]
-    assert {row["section"] for row in rows} == {"step", "host", "passes", "sparse", "variants", "train"}
+    assert {row["section"] for row in rows} == {
+        "step",
+        "host",
+        "passes",
+        "sparse",
+        "variants",
+        "train",
+        "whole",
+    }
     assert all(
         {"cpu", "cores", "threads", "torch", "sam_kernels", "commit", "os"} <= row["machine"].keys()
         for row in rows
