@@ -128,7 +128,12 @@ def measure(name: str, batch: int, effort: Effort, log: Callable[[str], None], t
 
 
 def measure_recipes(
-    name: str, batch: int, effort: Effort, log: Callable[[str], None], tick: Callable
+    name: str,
+    batch: int,
+    effort: Effort,
+    log: Callable[[str], None],
+    tick: Callable,
+    chosen: tuple[str, ...] | None = None,
 ) -> list[Row]:
     """Training steps with every recipe and with the base alone, all interleaved, each with its own copy."""
     try:
