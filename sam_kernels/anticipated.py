@@ -50,8 +50,7 @@ def evaluate(opt: SAM, closure: Closure, ahead: Closure) -> Any:
     opt._write_tables(served)
     try:
         for group, _ in served:
-            group.grads = opt._slots.lists(_SLOT, group)
-            group.has_all_grads = all(y is not None for y in group.grads)
+            group.aim(opt._slots.lists(_SLOT, group))
         opt._measure = perturbation.measure(served, opt.recipe)
         perturbation.perturb(served, opt._measure)
     except BaseException:
@@ -60,12 +59,11 @@ def evaluate(opt: SAM, closure: Closure, ahead: Closure) -> Any:
     opt._begin_perturbed()
     with nullcontext() if opt.model is None else frozen(opt.model):
         (second,) = opt._evaluate_all([closure], 1)
-    opt._hold()
+    opt._hold(opt._read_gradients())
     with torch.no_grad():
         _move_ahead(opt, served)
     opt._evaluate_all([ahead], 2)
-    opt._read_gradients()
-    _combine(opt, served)
+    _combine(opt)
     return second if loss is None else loss
 
 
@@ -91,13 +89,11 @@ def _move_ahead(opt: SAM, served: Served) -> None:
         backend.combine_(group, [params], lists, coefficients)
 
 
-def _combine(opt: SAM, served: Served) -> None:
+def _combine(opt: SAM) -> None:
     """``d = (1 - lmbda) g_1 + lmbda g_2`` into the gradients, and ``y = g_2`` unless it is not finite."""
-    combination.check_apart(served, opt._held)
-    first = opt._held.pop()
+    served, (first,) = opt._take_held()
     total = perturbation.squares(served)
-    for (group, backend), one in zip(served, first, strict=True):
-        total = total + backend.grad_stats(group, [one])[0].to(total.device)
+    total = total + perturbation.squares(served, first).to(total.device)
     weights = opt.recipe.combine.weights(None, {})
     for (group, backend), one in zip(served, first, strict=True):
         two, kept = list(group.grads), opt._slots.lists(_SLOT, group)
@@ -113,7 +109,6 @@ def _combine(opt: SAM, served: Served) -> None:
         backend.combine_(group, [two], [one, two], group.constants(weights))
         combination.write_back(group, two)
         group.drop_gradients()
-    opt._forget_held()
     if opt._measure is not None:
         norm = opt._measure.norm
         opt._measure = Measure(norm + total.to(norm.device), [])

@@ -10,12 +10,18 @@ from torch.optim import Optimizer
 
 from .masks import Masks
 from .perturbation import Measure
+from .policies import Sparse
+from .recipe import Recipe
 from .slots import SCALARS, Slots
+
+# Under which key of a parameter's state checkpoints hold its mask.
+_MASK = "sam_mask"
 
 
 class Checkpoints(Optimizer):
     """Base of `SAM`: the base optimizer's state and what policies keep, in torch's own layout."""
 
+    recipe: Recipe
     base_optimizer: Optimizer
     _masks: Masks
     _slots: Slots
@@ -28,9 +34,6 @@ class Checkpoints(Optimizer):
     _check_ours: Callable[[Any, str], None]
     _adopt_group: Callable[[int], None]
     _retire_groups: Callable[[], None]
-    _with_masks: Callable[[dict[str, Any]], dict[str, Any]]
-    _without_masks: Callable[[dict[str, Any]], tuple[dict[str, Any], dict[Tensor, Tensor]]]
-    _by_number: Callable[[dict[str, Any]], Iterator[tuple[int, Tensor]]]
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and ours, in torch's own layout; never snapshots.
@@ -43,7 +46,7 @@ class Checkpoints(Optimizer):
         self._require_idle("state_dict()")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        state_dict = self._with_slots(self._with_masks(self.base_optimizer.state_dict()))
+        state_dict = self._with_ours(self.base_optimizer.state_dict())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
             state_dict = state_dict if result is None else result
@@ -70,8 +73,7 @@ class Checkpoints(Optimizer):
             {key: group[key] for key in (self._rho_key, self._adaptive_key)} for group in self.param_groups
         ]
         own_rho = set(self._own_rho)
-        state_dict, words = self._without_masks(state_dict)
-        state_dict, tensors, scalars = self._without_slots(state_dict)
+        state_dict, words, tensors, scalars = self._without_ours(state_dict)
         self._masks.check(words)
         Slots.check(tensors, scalars)
         self.base_optimizer.load_state_dict(state_dict)
@@ -87,32 +89,47 @@ class Checkpoints(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _with_slots(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """What policies keep, beside the base optimizer's state and in the first param group."""
+    def _with_ours(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Packed masks and slots beside the base optimizer's state, scalars in the first param group."""
+        mask = self.recipe.mask
+        has_masks = not isinstance(mask, Sparse) or mask.is_stored
         entries, groups = dict(state_dict["state"]), list(state_dict["param_groups"])
         for number, param in self._by_number(state_dict):
             own = self._slots.saved(param)
+            words = self._masks.saved(param) if has_masks else None
+            if words is not None:
+                own = {_MASK: words, **own}
             if own:
                 entries[number] = {**entries.get(number, {}), **own}
         groups[0] = {**groups[0], **self._slots.saved_scalars()}
         return {**state_dict, "state": entries, "param_groups": groups}
 
-    def _without_slots(
+    def _without_ours(
         self, state_dict: dict[str, Any]
-    ) -> tuple[dict[str, Any], dict[Tensor, dict[str, Tensor]], dict[str, float]]:
-        """What the base optimizer may load, and what is ours."""
+    ) -> tuple[dict[str, Any], dict[Tensor, Tensor], dict[Tensor, dict[str, Tensor]], dict[str, float]]:
+        """What the base optimizer may load, then masks, slots and scalars.
+
+        The base would cast masks to the dtype of the weights.
+        """
         if not {"state", "param_groups"} <= state_dict.keys() or not state_dict["param_groups"]:
-            return state_dict, {}, {}
-        entries, groups, tensors = dict(state_dict["state"]), list(state_dict["param_groups"]), {}
+            return state_dict, {}, {}, {}  # the base optimizer says what it misses
+        entries, groups = dict(state_dict["state"]), list(state_dict["param_groups"])
+        words, tensors = {}, {}
         for number, param in self._by_number(state_dict):
             entry = dict(entries.get(number, {}))
-            own = Slots.taken(entry)
-            if own:
+            if _MASK in entry:
+                words[param] = entry.pop(_MASK)
+            if own := Slots.taken(entry):
                 tensors[param] = own
+            if entry:
                 entries[number] = entry
-                if not entry:
-                    del entries[number]
-        first = dict(groups[0])
-        scalars = Slots.taken(first, SCALARS)
-        groups[0] = first
-        return {**state_dict, "state": entries, "param_groups": groups}, tensors, scalars
+            elif param in words or own:
+                del entries[number]
+        groups[0] = dict(groups[0])
+        scalars = Slots.taken(groups[0], SCALARS)
+        return {**state_dict, "state": entries, "param_groups": groups}, words, tensors, scalars
+
+    def _by_number(self, state_dict: dict[str, Any]) -> Iterator[tuple[int, Tensor]]:
+        """The numbers that a state dict gives to the parameters; the base checks that the groups fit."""
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            yield from zip(saved["params"], group["params"], strict=False)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .perturbation import Served
+from .perturbation import Served, total_of
 from .policies import AdaptiveRatio, Combine, Decoupled, ReuseOrthogonal
 from .slots import Slots
 from .tensor_groups import TensorGroup
@@ -219,9 +219,7 @@ def _dots(served: Served, lists: list[Lists], per_tensor: bool) -> list[Any]:
         for (group, backend), own in zip(served, lists, strict=True)
     ]
     if not per_tensor:
-        total = found[0]
-        for part in found[1:]:
-            total = total + part.to(total.device)
+        total = total_of(found)
         found = [total.to(group.device) for group, _ in served]
     count = len(lists[0])
     matrices = []

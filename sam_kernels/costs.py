@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, Report
+from .policies import Anticipated
 from .recipe import Recipe
 from .tensor_groups import ADAPTIVE, TensorGroup
 
@@ -99,12 +100,12 @@ def cost(recipe: Recipe, base: Any = torch.optim.SGD, **base_kwargs: Any) -> tup
         return torch.zeros(())
 
     found: dict[bool, Cost] = {}
-    needs_ahead = type(recipe.probe).__name__ == "Anticipated"
+    looks_ahead = isinstance(recipe.probe, Anticipated)
     for _ in range(12):  # more than one period of any default
         served = [(group, Counting(_plain(backend), total)) for group, backend in opt._groups()]
         opt._served = served  # type: ignore[assignment]
         taken["gradients"] = 0
-        opt.step(closure, ahead=closure if needs_ahead else None)
+        opt.step(closure, ahead=closure if looks_ahead else None)
         step = Cost(gradients=taken["gradients"])
         for group, counting in served:
             for name, count in counting.cost.passes.items():

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from .backends import Backend
 from .policies import Direction, Momentum, Noise, Remembering
 from .slots import Slots
-from .tensor_groups import TensorGroup, fitted, has_none
+from .tensor_groups import TensorGroup, fitted
 
 _EMA = "ema"
 
@@ -28,12 +28,8 @@ def aim_at_noise(
     group: TensorGroup, backend: Backend, policy: Noise, step: int, numbers: list[int], micro_batch: int = 0
 ) -> None:
     """``d = z``: the group's gradients are normal numbers from here on."""
-    wanted = [
-        p if takes and p.requires_grad else None
-        for p, takes in zip(group.params, group.participates, strict=True)
-    ]
-    group.has_all_grads = not has_none(wanted)
-    group.grads = _buffers(group, wanted)
+    group.aim(group.movable())
+    group.grads = _buffers(group, group.grads)
     own = [noise_number(number) for number in numbers]
     backend.noise_(group, group.grads, seed_of(policy.seed, micro_batch), step % (1 << 32), own)
 
@@ -44,11 +40,8 @@ def aim_at_momentum(group: TensorGroup, base: Optimizer) -> None:
     found = [
         next((entry[name] for name in _MOMENTA if entry.get(name) is not None), None) for entry in entries
     ]
-    group.grads = [
-        fitted(v, p) if v is not None and p.requires_grad else None
-        for v, p in zip(found, group.params, strict=True)
-    ]
-    group.has_all_grads = not has_none(group.grads)
+    pairs = zip(found, group.params, strict=True)
+    group.aim([fitted(v, p) if v is not None and p.requires_grad else None for v, p in pairs])
 
 
 def aim_past_memory(

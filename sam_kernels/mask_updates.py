@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,9 +20,6 @@ from .running_stats import frozen
 from .selection import Block
 
 ByParameter = Mapping[Any, Any] | Sequence[Any] | Callable[..., Any]
-
-# Under which key of a parameter's state checkpoints hold its mask.
-_MASK = "sam_mask"
 
 
 class MaskUpdates:
@@ -233,37 +230,6 @@ class MaskUpdates:
     def _numbers(self) -> dict[Tensor, int]:
         """The place of each parameter among all: random numbers go by it, not by groups or devices."""
         return {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-
-    # ---- checkpoints ---------------------------------------------------------------------------
-
-    def _with_masks(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The packed masks beside the base optimizer's state of each parameter."""
-        if isinstance(self.recipe.mask, Sparse) and not self.recipe.mask.is_stored:
-            return state_dict
-        entries = dict(state_dict["state"])
-        for number, param in self._by_number(state_dict):
-            words = self._masks.saved(param)
-            if words is not None:
-                entries[number] = {**entries.get(number, {}), _MASK: words}
-        return {**state_dict, "state": entries}
-
-    def _without_masks(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[Tensor, Tensor]]:
-        """What the base optimizer may load, and the masks. It would cast those to the weights' dtype."""
-        if not {"state", "param_groups"} <= state_dict.keys():
-            return state_dict, {}  # the base optimizer says what it misses
-        entries, words = dict(state_dict["state"]), {}
-        for number, param in self._by_number(state_dict):
-            if _MASK in entries.get(number, ()):
-                entry = dict(entries.pop(number))
-                words[param] = entry.pop(_MASK)
-                if entry:
-                    entries[number] = entry
-        return {**state_dict, "state": entries}, words
-
-    def _by_number(self, state_dict: dict[str, Any]) -> Iterator[tuple[int, Tensor]]:
-        """The numbers that a state dict gives to the parameters; the base checks that the groups fit."""
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            yield from zip(saved["params"], group["params"], strict=False)
 
 
 def ask(policy: Given, param: Tensor, member: Member) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -582,7 +582,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         """Restore and update; from here on the step either completes or leaves the weights restored."""
         self._adopt_strays()
         is_pending = self._phase != _IDLE
-        guard = self._measure.norm if is_pending and self._measure is not None else None
+        guard = self._guard if is_pending else None
         try:
             self._revalidate()
             is_lost = is_pending and self._had_gradients and not self._has_gradients()
@@ -600,9 +600,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
                 self._combine_gradients()
                 if not self.is_due or self._gate_is_closed:
                     self._reuse_gradients()
-                clip, norm = self._clip()
-                if norm is not None:
-                    guard = norm if guard is None else guard + norm.to(guard.device)
+                clip, guard = self._clip(guard)
             if guard is not None and not self.recipe.direction.needs_gradient:
                 # No gradient has been looked at yet.
                 guard = guard + perturbation.squares(self._read_gradients()).to(guard.device)
@@ -626,27 +624,30 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             combination.scale(self._read_gradients(), clip)
         if guard is not None and not bool(torch.isfinite(guard)):
             return
-        decays = [group.get("weight_decay") for group in self.param_groups]
-        try:
-            for group, decay in zip(self.param_groups, decays, strict=True):
-                if decay is not None and self.recipe.decay == "inside":
-                    group["weight_decay"] = 0.0
+        with self._without_decay() if self.recipe.decay == "inside" else nullcontext():
             self.base_optimizer.step()
+
+    @contextmanager
+    def _without_decay(self) -> Iterator[None]:
+        """The base does not decay inside the block: the decay is in the gradients already."""
+        groups = [group for group in self.param_groups if group.get("weight_decay") is not None]
+        decays = [group["weight_decay"] for group in groups]
+        try:
+            for group in groups:
+                group["weight_decay"] = 0.0
+            yield
         finally:
-            for group, decay in zip(self.param_groups, decays, strict=True):
-                if decay is not None:
-                    group["weight_decay"] = decay
+            for group, decay in zip(groups, decays, strict=True):
+                group["weight_decay"] = decay
 
     def _step_base_in_place(self) -> None:
         """A step of the base at the weights as they are, while snapshots are kept."""
-        served, guard = self._groups(), None if self._measure is None else self._measure.norm
+        served = self._groups()
         kept = [(group, group.snapshots) for group, _ in served]
         try:
             for group, _ in served:
                 group.snapshots, group.is_perturbed = [None] * len(group.params), False
-            clip, norm = self._clip()
-            if norm is not None:
-                guard = norm if guard is None else guard + norm.to(guard.device)
+            clip, guard = self._clip(self._guard)
             self._update(guard, clip)
         finally:
             for group, snapshots in kept:
@@ -668,20 +669,16 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         for param_group in self.param_groups:
             param_group["sam_step"] += 1
 
-    def _clip(self) -> tuple[Tensor | None, Tensor | None]:
-        """``min(1, max_grad_norm / (||d|| + 1e-6))`` and ``||d||``, on the device; None without a bound."""
-        served = self._groups()
-        if self.max_grad_norm is None or not served:
-            return None, None
-        for group, _ in served:
-            group.read_gradients()
-        norm = perturbation.squares(served).sqrt()
-        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), norm
+    def _clip(self, guard: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """``min(1, max_grad_norm / (||d|| + 1e-6))``, None without a bound, and a guard that minds it."""
+        if self.max_grad_norm is None or not self._groups():
+            return None, guard
+        norm = perturbation.squares(self._read_gradients()).sqrt()
+        factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        return factor, norm if guard is None else guard + norm.to(guard.device)
 
     def _descend_fused(self, rule: str, guard: Tensor | None, clip: Tensor | None = None) -> None:
-        served = self._groups()
-        for group, _ in served:
-            group.read_gradients()
+        served = self._read_gradients()
         if clip is not None:
             # The factor of the fused update is a float32, too short for these.
             combination.scale([(g, b) for g, b in served if g.dtype == torch.float64], clip)

@@ -44,9 +44,15 @@ def measure(served: Served, recipe: Recipe, guard: Tensor | None = None) -> Meas
     return found
 
 
-def squares(served: Served) -> Tensor:
-    """``||g||^2`` over all groups, whatever the metric and the mask; not finite if any gradient is not."""
-    return _total([backend.grad_stats(group, [group.grads])[0] for group, backend in served])
+def squares(served: Served, grads: list[list[Tensor | None]] | None = None) -> Tensor:
+    """``||g||^2`` over all groups, whatever the metric and the mask; not finite if any gradient is not.
+
+    Args:
+        grads: by group, in place of the gradients that the groups have read.
+    """
+    lists = [group.grads for group, _ in served] if grads is None else grads
+    pairs = zip(served, lists, strict=True)
+    return total_of([backend.grad_stats(group, [own])[0] for (group, backend), own in pairs])
 
 
 def _measure(served: Served, recipe: Recipe) -> Measure:
@@ -133,7 +139,7 @@ def _measure_layers(served: Served, metric: LayerWise, eps: float, of: dict[str,
         (metric.norm_weights(weight_sq, group.applies()) * grad_sq).sum()
         for (group, _), weight_sq, grad_sq in zip(served, weight_sqs, grad_sqs, strict=True)
     ]
-    norm = _total(parts).sqrt()
+    norm = total_of(parts).sqrt()
     return Measure(
         norm,
         [
@@ -153,10 +159,11 @@ def _norm(served: Served, arguments: list[dict[str, Any]], root: float) -> Tenso
         group, backend = served[0]
         return backend.sq_norm(group, root=root, **arguments[0])
     sums = [backend.sq_norm(group, **own) for (group, backend), own in zip(served, arguments, strict=True)]
-    return take_root(_total(sums), root)
+    return take_root(total_of(sums), root)
 
 
-def _total(sums: list[Tensor]) -> Tensor:
+def total_of(sums: list[Tensor]) -> Tensor:
+    """The sum of what the groups found, on the device of the first."""
     total = sums[0]
     for part in sums[1:]:
         total = total + part.to(total.device)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .directions import noise_number, seed_of
-from .perturbation import Measure, Served
+from .perturbation import Measure, Served, total_of
 from .policies import RandomStart
-from .tensor_groups import Column, has_none
+from .tensor_groups import Column
 
 
 def ascend_further(served: Served, found: Measure) -> None:
@@ -40,20 +40,16 @@ def project(served: Served, step: float) -> None:
     Args:
         step: length of an ascent step as a share of the radius, which is what the table holds.
     """
-    total: Tensor | None = None
-    displacements = []
+    displacements, parts = [], []
     for group, backend in served:
         snapshots, params = group.snapshots, group.perturbed()
         away = group.scratch_like(snapshots)
         backend.combine_(group, [away], [params, snapshots], group.constants((1.0, -1.0)))
         squares = backend.grad_stats(group, [away], per_tensor=True)[:, 0]
         radii = (group.table[group.row_index(), Column.RHO] / step).square()
-        part = torch.where(squares == 0, 0.0, squares / radii).sum()
-        total = part if total is None else total + part.to(total.device)
+        parts.append(torch.where(squares == 0, 0.0, squares / radii).sum())
         displacements.append(away)
-    if total is None:
-        return
-    shrink = total.clamp(min=1.0).rsqrt()
+    shrink = total_of(parts).clamp(min=1.0).rsqrt()
     for (group, backend), away in zip(served, displacements, strict=True):
         c = shrink.to(group.device)
         coefficients = torch.stack([torch.ones_like(c), c]).unsqueeze(0)
@@ -72,11 +68,7 @@ def start_at_random(
 ) -> None:
     """``snapshot = w; w += noise ||w_l|| n_l / ||n_l||`` in every tensor that takes part."""
     for group, backend in served:
-        group.grads = [
-            p if takes and p.requires_grad else None
-            for p, takes in zip(group.params, group.participates, strict=True)
-        ]
-        group.has_all_grads = not has_none(group.grads)
+        group.aim(group.movable())
         group.take_snapshots()
         group.drop_gradients()
         noise = group.scratch_like(group.snapshots)

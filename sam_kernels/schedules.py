@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from .policies.checks import check_number
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,7 @@ class ProportionalToLr:
 
     def __post_init__(self) -> None:
         for name in ("rho_max", "rho_min", "lr_max", "lr_min"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-                raise ValueError(
-                    f"ProportionalToLr: {name} is {value!r}; expected a finite number of at least 0"
-                )
+            check_number(self, name, getattr(self, name), least=0)
         if self.lr_min > self.lr_max:
             raise ValueError(
                 f"ProportionalToLr: lr_min is {self.lr_min} and lr_max {self.lr_max}; expected lr_min to "

@@ -89,14 +89,13 @@ class Steps:
             self._restore()
             return losses
         if isinstance(probe, RandomStart) and not probe.keep_noise:
-            self._read_gradients()
             self._restore()
         self._ascend()
         with nullcontext() if self.model is None else frozen(self.model):
             self._evaluate_all(closures, 1)
             for index in range(2, probe.gradients):
                 if isinstance(probe, Mirrored):
-                    self._hold()
+                    self._hold(self._read_gradients())
                     with torch.no_grad():
                         probing.mirror(self._groups())
                 else:
@@ -123,9 +122,7 @@ class Steps:
                     "step(): parameters were added, removed or moved between the micro-batches of a step. "
                     "The weights are restored and no step was taken; do so between steps"
                 )
-            served = self._groups()
-            for group, _ in served:
-                group.read_gradients()
+            served = self._read_gradients()
             if total is not None:
                 combination.check_apart(served, [total])
             place = _OF_MICRO_BATCHES + (total is not None)
@@ -192,19 +189,17 @@ class Steps:
         is_further = any(group.is_perturbed for group, _ in served)
         is_first = not is_further or isinstance(self.recipe.probe, RandomStart)
         if not is_further:
-            self._held, self._held_of = [], []
-        needs_gradient = self.recipe.direction.needs_gradient
-        for group, _ in served if needs_gradient else ():
-            group.read_gradients()
-            if is_further:  # what was not perturbed in the first ascent takes no part in the others
-                group.grads = [
-                    None if s is None else g for s, g in zip(group.snapshots, group.grads, strict=True)
-                ]
+            self._forget_held()
+        if self.recipe.direction.needs_gradient:
+            self._read_gradients(served)
+        if is_first and self._keeps_first:
+            self._hold(served, by_copy)
+        for group, _ in served if is_further else ():
+            # What was not perturbed in the first ascent takes no part in the others.
+            group.aim([None if s is None else g for s, g in zip(group.snapshots, group.grads, strict=True)])
         self._write_tables(served)
         if not is_further:
             self._begin_masks(served)
-        if is_first and self._keeps_first:
-            self._hold(by_copy)
         gradients = [group.grads for group, _ in served]
         guard = self._aim(served)
         mask = self.recipe.mask
@@ -263,8 +258,7 @@ class Steps:
         """Whole tensors are left out by taking their gradients away."""
         chosen = self._drawn_tensors(self.recipe.mask)
         for group, _ in served:
-            group.grads = [g if p in chosen else None for p, g in zip(group.params, group.grads, strict=True)]
-            group.has_all_grads = group.has_all_grads and all(p in chosen for p in group.params)
+            group.aim([g if p in chosen else None for p, g in zip(group.params, group.grads, strict=True)])
 
     def _start_at_random(self, probe: RandomStart) -> None:
         served = self._groups()
@@ -275,7 +269,7 @@ class Steps:
         except BaseException:
             self._abandon()
             raise
-        self._held, self._held_of = [], []
+        self._forget_held()
         self._begin_perturbed()
 
     def _passes_gate(self) -> bool:
@@ -283,9 +277,7 @@ class Steps:
         cadence = self.recipe.cadence
         if not cadence.needs_norm:
             return True
-        served = self._groups()
-        for group, _ in served:
-            group.read_gradients()
+        served = self._read_gradients()
         q = float(perturbation.squares(served)) if served else 0.0
         if not q < float("inf"):
             return True  # the ascent finds it too, and the step is skipped
@@ -303,29 +295,36 @@ class Steps:
     def _keeps_first(self) -> bool:
         return self.recipe.combine.gradients > 1
 
-    def _read_gradients(self) -> Served:
-        served = self._groups()
+    @property
+    def _guard(self) -> Tensor | None:
+        """Not finite where the step is to be skipped, as far as the ascent has seen."""
+        return None if self._measure is None else self._measure.norm
+
+    def _read_gradients(self, served: Served | None = None) -> Served:
+        """Let these groups take the present gradients; by default the present groups."""
+        served = self._groups() if served is None else served
         for group, _ in served:
             group.read_gradients()
         return served
 
-    def _hold(self, by_copy: bool = False) -> None:
-        """Keep the present gradients for the combination, and let the next ones have memory of their own."""
-        served = self._read_gradients()
+    def _hold(self, served: Served, by_copy: bool = False) -> None:
+        """Keep the gradients that were read for the combination; the next ones have memory of their own."""
         by_copy = by_copy or self.copies_gradients
         self._held.append(combination.hold(served, by_copy, len(self._held)))
         self._held_of = served
 
     def _combine_gradients(self) -> None:
         """Write the combination of all gradients of the step over the last."""
-        if not self._held:
-            return
-        served, guard = self._held_of, None if self._measure is None else self._measure.norm
-        for group, _ in served:
-            group.read_gradients()
-        combination.check_apart(served, self._held)
-        combination.combine(served, self.recipe.combine, self._held, self._slots, guard)
+        if self._held:
+            served, held = self._take_held()
+            combination.combine(served, self.recipe.combine, held, self._slots, self._guard)
+
+    def _take_held(self) -> tuple[Served, Held]:
+        """The groups whose gradients are held, which have read the last ones, and those that were held."""
+        served, held = self._read_gradients(self._held_of), self._held
+        combination.check_apart(served, held)
         self._forget_held()
+        return served, held
 
     def _reuse_gradients(self) -> None:
         """What a step that does not perturb takes over from those that did."""
@@ -337,11 +336,7 @@ class Steps:
         rule = self.recipe.combine
         if not self._held or not isinstance(rule, Decoupled):
             return None
-        served, guard = self._held_of, None if self._measure is None else self._measure.norm
-        for group, _ in served:
-            group.read_gradients()
-        combination.check_apart(served, self._held)
-        first = self._held[0]
+        (served, (first,)), guard = self._take_held(), self._guard
         last = combination.swap_first(served, first)
         self._swapped = (served, last)
         is_difference = state.fused_rule(self.base_optimizer)[0] is None
@@ -349,7 +344,6 @@ class Steps:
             combination.subtract(served, last, first)
         signs = [-1.0 if group.get("maximize", False) else 1.0 for group in self.param_groups]
         rates = [sign * group["lr"] for sign, group in zip(signs, self.param_groups, strict=True)]
-        self._forget_held()
 
         def after() -> None:
             combination.add_decoupled(served, rule, first, last, rates, guard, is_difference)

@@ -221,6 +221,16 @@ class TensorGroup:
         self.grads = grads
         self.reads += 1
 
+    def aim(self, grads: list[Tensor | None]) -> None:
+        """Put other tensors in the place of the gradients."""
+        self.grads = grads
+        self.has_all_grads = not has_none(grads)
+
+    def movable(self) -> list[Tensor | None]:
+        """The parameters that noise may move: those that take part and are trained."""
+        pairs = zip(self.params, self.participates, strict=True)
+        return [p if takes and p.requires_grad else None for p, takes in pairs]
+
     def drop_gradients(self) -> None:
         """Let go of the gradients: held on to, they would outlive `zero_grad` and the next backward."""
         self.grads = [None] * len(self.params)

@@ -41,11 +41,6 @@ def random_word(seed: int, step: int, tensor: int, element: Tensor) -> Tensor:
     return words.gather(0, (element & 3).unsqueeze(0)).squeeze(0)
 
 
-def uniform(seed: int, step: int, tensor: int, element: int = 0) -> float:
-    """One number in [0, 1), a multiple of 2^-24; computed on the host."""
-    return (int(random_word(seed, step, tensor, torch.tensor([element]))[0]) >> 8) * 2.0**-24
-
-
 # note: [the same normal numbers everywhere]
 # Library logarithms, sines and cosines differ by a bit between a CPU, a GPU and two versions of either. These
 # consist of fp32 additions, multiplications, divisions and square roots, each rounded once and none fused,

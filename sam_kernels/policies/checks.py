@@ -40,6 +40,15 @@ def check_choice(policy: Any, name: str, value: Any, known: tuple[str, ...]) -> 
         raise ValueError(f"{type(policy).__name__}: {name} is {value!r}; expected one of {', '.join(known)}")
 
 
+def check_types(policy: Any, value: Any) -> None:
+    """Raise a sentence unless value is a tuple of classes."""
+    if not (isinstance(value, tuple) and all(isinstance(kind, type) for kind in value)):
+        raise ValueError(
+            f"{type(policy).__name__}: types is {value!r}; expected a tuple of module classes, "
+            "e.g. (torch.nn.LayerNorm,)"
+        )
+
+
 def check_flag(policy: Any, name: str, value: Any) -> None:
     """Raise a sentence unless value is True or False."""
     if not isinstance(value, bool):

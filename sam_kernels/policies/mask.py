@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .checks import check_choice, check_count, check_number, check_seed
+from .checks import check_choice, check_count, check_number, check_seed, check_types
 from .member import Member, check_patterns
 
 # _NormBase is the common ancestor of BatchNorm, SyncBatchNorm and InstanceNorm.
@@ -100,11 +100,7 @@ class ByModule(Mask):
     invert: bool = False
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.types, tuple) and all(isinstance(kind, type) for kind in self.types)):
-            raise ValueError(
-                f"ByModule: types is {self.types!r}; expected a tuple of module classes, "
-                "e.g. (torch.nn.LayerNorm,)"
-            )
+        check_types(self, self.types)
         check_patterns("ByModule", "names", self.names)
 
     def selects(self, member: Member) -> bool:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .checks import check_types
 from .member import Member, check_patterns
 
 
@@ -104,11 +105,7 @@ class Adaptive(Metric):
             check_patterns("Adaptive", "only", self.only)
         if self.types is None:
             return
-        if not (isinstance(self.types, tuple) and all(isinstance(kind, type) for kind in self.types)):
-            raise ValueError(
-                f"Adaptive: types is {self.types!r}; expected a tuple of module classes, e.g. "
-                "(torch.nn.Linear,)"
-            )
+        check_types(self, self.types)
         if self.only is not None:
             raise ValueError(
                 "Adaptive: only and types each choose parameters; give one, and None for the other"
