@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .cases import BASES
+from .cases import BASES, Base
 from .peers import SPECS, Unavailable
 from .records import Row, measured, single
 from .timing import Contestant, Effort, interleave
@@ -93,14 +93,21 @@ MODELS = {
 }
 
 
-def measure(name: str, batch: int, effort: Effort, log: Callable[[str], None], tick: Callable) -> list[Row]:
-    """Training steps of one model at one batch size, all peers interleaved, each with its own copy."""
+def _setting(section: str, name: str, batch: int) -> tuple[Base, nn.Module, Tensor, Tensor, Row]:
+    """Base optimizer, model, a batch of inputs and targets, and what rows say of them."""
     torch.manual_seed(0)
     _, make, data, base_name, _, items, unit = MODELS[name]
-    base, model = BASES[base_name], make()
+    model = make()
     inputs, targets = data(batch)
-    about = {"section": "train", "case": name, "base": base_name, "dtype": "float32", "batch": batch}
-    about |= {"items": batch * items, "unit_of_items": unit, "tensors": len(list(model.parameters()))}
+    sizes = [p.numel() for p in model.parameters()]
+    about = {"section": section, "case": name, "base": base_name, "dtype": "float32", "batch": batch}
+    about |= {"items": batch * items, "unit_of_items": unit, "tensors": len(sizes), "numel": sum(sizes)}
+    return BASES[base_name], model, inputs, targets, about
+
+
+def measure(name: str, batch: int, effort: Effort, log: Callable[[str], None], tick: Callable) -> list[Row]:
+    """Training steps of one model at one batch size, all peers interleaved, each with its own copy."""
+    base, model, inputs, targets, about = _setting("train", name, batch)
     rows: list[Row] = []
     contestants: dict[str, Contestant] = {}
     for key in (*PEERS, PLAIN):
@@ -123,8 +130,7 @@ def measure(name: str, batch: int, effort: Effort, log: Callable[[str], None], t
         totals = [sum(values) for values in zip(*parts.values(), strict=True)]
         rows.append(measured(key, "optimizer_ms", [1e3 * s for s in parts["optimizer"]]))
         rows.append(measured(key, "total_ms", [1e3 * s for s in totals]))
-    numel = sum(p.numel() for p in model.parameters())
-    return [{**about, "numel": numel, **row} for row in rows]
+    return [{**about, **row} for row in rows]
 
 
 def measure_recipes(
@@ -140,12 +146,7 @@ def measure_recipes(
         from sam_kernels import SAM, recipes
     except ImportError as error:
         return [single("sam", "skipped", f"sam_kernels does not import ({error})")]
-    torch.manual_seed(0)
-    _, make, data, base_name, _, items, unit = MODELS[name]
-    base, model = BASES[base_name], make()
-    inputs, targets = data(batch)
-    about = {"section": "whole", "case": name, "base": base_name, "dtype": "float32", "batch": batch}
-    about |= {"items": batch * items, "unit_of_items": unit, "tensors": len(list(model.parameters()))}
+    base, model, inputs, targets, about = _setting("whole", name, batch)
     rows: list[Row] = []
     contestants: dict[str, Contestant] = {}
     # K-SAM's step is SAM's, on fewer samples.
@@ -167,8 +168,7 @@ def measure_recipes(
         contestants[key] = contestant
     for key, parts in interleave(contestants, effort, tick).items():
         rows.append(measured(key, "total_ms", [1e3 * s for s in parts["total"]]))
-    numel = sum(p.numel() for p in model.parameters())
-    return [{**about, "numel": numel, **row} for row in rows]
+    return [{**about, **row} for row in rows]
 
 
 def _whole_step(

@@ -42,7 +42,7 @@ class Variant:
     Attributes:
         options: of `recipes.<name>`.
         published: the class in `published_variants`; None where a row above has the same step.
-        theirs: its options.
+        theirs: its options where they are not those of ours; see `published_options`.
         evaluations: gradients a step asks for at most.
         period: steps until everything that happens has happened; times are means over one.
         draws: what the published step is told of ours, which draws random numbers of its own: "tensors",
@@ -54,23 +54,27 @@ class Variant:
     title: str
     options: dict[str, Any] = field(default_factory=dict)
     published: type[published.Published] | None = None
-    theirs: dict[str, Any] = field(default_factory=dict)
+    theirs: dict[str, Any] | None = None
     evaluations: int = 2
     period: int = 1
     draws: str | None = None
     named: bool = False
 
+    @property
+    def published_options(self) -> dict[str, Any]:
+        """The options of the published step."""
+        return self.options if self.theirs is None else self.theirs
+
 
 VARIANTS = {
     variant.name: variant
     for variant in (
-        Variant("sam", "SAM", {"rho": 0.05}, published.Sam, {"rho": 0.05}),
+        Variant("sam", "SAM", {"rho": 0.05}, published.Sam),
         Variant(
             "asam",
             "ASAM",
             {"rho": 0.5, "eta": 0.01},
             published.Asam,
-            {"rho": 0.5, "eta": 0.01},
             named=True,
         ),
         Variant(
@@ -78,7 +82,6 @@ VARIANTS = {
             "layer-wise SAM",
             {"rho": 0.05, "eta": 0.01},
             published.Layerwise,
-            {"rho": 0.05, "eta": 0.01},
             named=True,
         ),
         Variant(
@@ -86,14 +89,12 @@ VARIANTS = {
             "FisherSAM",
             {"rho": 0.1, "eta": 1.0},
             published.FisherSam,
-            {"rho": 0.1, "eta": 1.0},
         ),
         Variant(
             "looksam",
             "LookSAM, k = 5",
             {"rho": 0.1, "alpha": 0.7, "k": 5},
             published.LookSam,
-            {"rho": 0.1, "alpha": 0.7, "k": 5},
             period=5,
         ),
         Variant(
@@ -109,32 +110,28 @@ VARIANTS = {
             "F-SAM",
             {"rho": 0.05, "sigma": 1.0, "lmbda": 0.9},
             published.FriendlySam,
-            {"rho": 0.05, "sigma": 1.0, "lmbda": 0.9},
         ),
-        Variant("vasso", "VaSSO", {"rho": 0.05, "theta": 0.9}, published.Vasso, {"rho": 0.05, "theta": 0.9}),
+        Variant("vasso", "VaSSO", {"rho": 0.05, "theta": 0.9}, published.Vasso),
         Variant(
             "cr_sam",
             "CR-SAM",
             {"rho": 0.1, "gamma": 0.1, "beta": 0.1},
             published.CrSam,
-            {"rho": 0.1, "gamma": 0.1, "beta": 0.1},
             evaluations=3,
         ),
-        Variant("gsam", "GSAM", {"rho": 0.05, "alpha": 0.4}, published.Gsam, {"rho": 0.05, "alpha": 0.4}),
-        Variant("wsam", "WSAM", {"rho": 0.05, "gamma": 0.9}, published.Wsam, {"rho": 0.05, "gamma": 0.9}),
+        Variant("gsam", "GSAM", {"rho": 0.05, "alpha": 0.4}, published.Gsam),
+        Variant("wsam", "WSAM", {"rho": 0.05, "gamma": 0.9}, published.Wsam),
         Variant(
             "gnp",
             "GNP",
             {"rho": 0.1, "alpha": 0.8, "normalize": True},
             published.Gnp,
-            {"rho": 0.1, "alpha": 0.8, "normalize": True},
         ),
         Variant(
             "multistep_sam",
             "3 ascents",
             {"rho": 0.05, "n": 3},
             published.MultiStep,
-            {"rho": 0.05, "n": 3},
             evaluations=4,
         ),
         Variant(
@@ -142,7 +139,6 @@ VARIANTS = {
             "Lookbehind, k = 2",
             {"rho": 0.05, "k": 2, "alpha": 0.5},
             published.Lookbehind,
-            {"rho": 0.05, "k": 2, "alpha": 0.5},
             evaluations=3,
         ),
         Variant(
@@ -160,13 +156,12 @@ VARIANTS = {
             {"rho": 0.1, "lmbda": 0.2, "momentum": True},
             evaluations=3,
         ),
-        Variant("msam", "Momentum-SAM", {"rho": 0.3}, published.MomentumSam, {"rho": 0.3}, evaluations=1),
+        Variant("msam", "Momentum-SAM", {"rho": 0.3}, published.MomentumSam, evaluations=1),
         Variant(
             "rand_sam",
             "Rand-SAM",
             {"rho": 0.05},
             published.RandSam,
-            {"rho": 0.05},
             evaluations=1,
             draws="noise",
         ),
@@ -260,7 +255,7 @@ class Theirs:
         draws: list[Any] | None = None,
     ) -> None:
         self.params = workspace.parameters()
-        options = dict(variant.theirs)
+        options = dict(variant.published_options)
         if variant.named:
             options["weights"] = [is_weight for _, is_weight in names_of([p.shape for p in self.params])]
         if draws is not None:

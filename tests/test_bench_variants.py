@@ -266,7 +266,7 @@ class Traffic(TorchDispatchMode):
 def test_published_ways_move_the_bytes_we_say(name):
     variant = variants.VARIANTS[name]
     param, gradient = torch.nn.Parameter(torch.randn(1000)), torch.randn(1000)
-    options = {**variant.theirs, **({"weights": [True]} if variant.named else {})}
+    options = {**variant.published_options, **({"weights": [True]} if variant.named else {})}
     peer = variant.published([param], BASES["sgd"], {"momentum_buffer": [torch.zeros(1000)]}, **options)
     if variant.name == "esam":
         peer.beta = 1.0  # everybody takes part
