@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import anticipated, combination, lookbehind, ops, perturbation, state
+from . import anticipated, combination, distributed, lookbehind, ops, perturbation, state
 from .checkpoints import Checkpoints
 from .closures import check_closures
 from .construction import (
@@ -40,6 +40,7 @@ from .policies import (
 from .recipe import Recipe, check_adaptive, check_rho
 from .schedules import ProportionalToLr
 from .selection import Block
+from .sharding import flat_shardings
 from .slots import Slots
 from .steps import Closure, Steps
 from .tensor_groups import FIXED, collect, lives_on_device
@@ -67,13 +68,18 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             from ``adaptive=True`` elsewhere); the authors' ASAM is ``recipe="asam"``.
         recipe: a `Recipe`, a name from `recipes.names()`, or None for plain SAM.
         backend: "auto", or the name of a backend that must serve (see `backends()`).
-        model: the module the parameters belong to. Gives recipes names and layers, and lets
-            ``step(closure)`` freeze normalization statistics in every pass but the first.
+        model: the module the parameters belong to. Gives recipes names and layers, lets
+            ``step(closure)`` freeze normalization statistics in every pass but the first, and under
+            `fully_shard` has what was gathered of weights that have moved gathered anew.
         allow_plain_step: let ``step()`` with nothing pending be a step of the base optimizer alone.
         max_grad_norm: scale the gradient that the base gets, after all gradients of the step are combined, to
             at most this norm over all parameters, as `torch.nn.utils.clip_grad_norm_` does; a norm that is
             not finite skips the step. Where the base's update is fused, ``.grad`` stays as it is. None for
             not.
+        across_ranks: under `DistributedDataParallel`, "synced" for one perturbation of all ranks, that of the
+            whole batch, or "per_rank" for one along each rank's own gradient (m-sharpness): ``step(closure)``
+            then averages the last pass alone, and in the two-step form forward and backward of the first
+            go inside ``with opt.first_pass():``. Needs the wrapped module as `model`.
         **base_kwargs: for the base optimizer's class, e.g. lr, momentum, weight_decay.
 
     Attributes:
@@ -114,6 +120,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         model: nn.Module | None = None,
         allow_plain_step: bool = False,
         max_grad_norm: float | None = None,
+        across_ranks: str = distributed.SYNCED,
         **base_kwargs: Any,
     ) -> None:
         chosen = choose_recipe(recipe, rho, adaptive)
@@ -128,6 +135,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         self.model = model
         self.allow_plain_step = allow_plain_step
         self.max_grad_norm = check_max_norm(max_grad_norm, chosen)
+        self.across_ranks = distributed.check_ranks(across_ranks, chosen, model)
         self._phase = _IDLE
         self._forget_transients()
         self._micro_batch, self._parts = 0, 1
@@ -148,7 +156,8 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         for index in range(len(self.param_groups)):
             self._adopt_group(index)
         warn_if_names_are_missing(chosen, self.param_groups, model)
-        self._groups()  # refuses now what could not be served later
+        served = self._groups()  # refuses now what could not be served later
+        distributed.warn_if_gathered_weights_may_stay([group for group, _ in served], model)
 
     # What no copy and no pickle takes along.
     _TRANSIENT = (
@@ -183,7 +192,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         Args:
             base_optimizer: an instance, possibly with state already.
             recipe: as in the constructor.
-            **kwargs: rho, adaptive, backend, model, allow_plain_step, max_grad_norm.
+            **kwargs: rho, adaptive, backend, model, allow_plain_step, max_grad_norm, across_ranks.
 
         Raises:
             TypeError: if base_optimizer is not an instance.
@@ -394,6 +403,25 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         if self._phase == _PERTURBED and not self.recipe.direction.needs_gradient:
             self._had_gradients, self._clearings = True, 0  # the only ones are to come
 
+    def first_pass(self) -> AbstractContextManager[None]:
+        """Around the forward and the backward pass before `first_step`, both, under DistributedDataParallel.
+
+        With ``across_ranks="per_rank"`` gradients are not averaged inside; otherwise nothing is different.
+        A backward pass alone would be averaged all the same: torch decides it in the forward pass.
+
+        Example:
+            >>> import torch
+            >>> from sam_kernels import SAM
+            >>> w = torch.nn.Parameter(torch.ones(3))
+            >>> opt = SAM([w], torch.optim.SGD, lr=0.1)
+            >>> with opt.first_pass():
+            ...     (w**2).sum().backward()
+            >>> opt.first_step(zero_grad=True)
+            >>> (w**2).sum().backward()
+            >>> opt.step()
+        """
+        return distributed.quiet(self.model, self._averages(0))
+
     def second_step(self, zero_grad: bool = False) -> None:
         """Descent step: restore the weights and let the base step with the present gradients.
 
@@ -504,6 +532,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
 
     def _begin_perturbed(self) -> None:
         self._begin(_PERTURBED)
+        self._let_go_of_gathered()
 
     def _begin(self, phase: str) -> None:
         """From here on a step is pending."""
@@ -517,6 +546,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
     def _restore(self) -> None:
         with torch.no_grad():
             perturbation.restore(self._perturbed_groups())
+        self._let_go_of_gathered()
 
     @torch.no_grad()
     def _abandon(self) -> None:
@@ -536,6 +566,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             # Of the others too: the buffers of snapshots may hold a direction by now.
             perturbation.forget(group)
             group.drop_gradients()
+        self._let_go_of_gathered()
 
     def _revalidate(self) -> None:
         """Before perturbed weights are written again: they must still be what was perturbed.
@@ -552,7 +583,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
                 all_fit = all(map(group.fits, range(len(group.params))))
                 restored = "The weights are restored" if all_fit else "All others are restored, it cannot be,"
                 raise RuntimeError(
-                    f"{self._place(group.params[t])} {group.describe_change(t)}: it changed while the "
+                    f"{self._place(group.owners[t])} {group.describe_change(t)}: it changed while the "
                     f"weights were perturbed. {restored} and no step was taken; cast, move and reshape "
                     "parameters between steps"
                 )
@@ -561,7 +592,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             return
         present = {id(p) for group in self.param_groups for p in group["params"]}
         for group, _ in served:
-            for param in group.params:
+            for param in group.owners:
                 if id(param) not in present:
                     raise RuntimeError(
                         f"a parameter of shape {tuple(param.shape)} was replaced in param_groups, or "
@@ -583,6 +614,8 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         self._adopt_strays()
         is_pending = self._phase != _IDLE
         guard = self._guard if is_pending else None
+        if self.across_ranks == distributed.PER_RANK:
+            guard = distributed.shared(guard, self.model)
         try:
             self._revalidate()
             is_lost = is_pending and self._had_gradients and not self._has_gradients()
@@ -668,6 +701,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         self._next_masks = None
         for param_group in self.param_groups:
             param_group["sam_step"] += 1
+        self._let_go_of_gathered()
 
     def _clip(self, guard: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """``min(1, max_grad_norm / (||d|| + 1e-6))``, None without a bound, and a guard that minds it."""
@@ -746,7 +780,9 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         for index, param_group in enumerate(self.param_groups):
             self._check_ours(param_group, f"param_groups[{index}]")
         member_of = member_lookup(self.param_groups, self.model)
-        groups = collect(self.param_groups, self.recipe, member_of, self._adaptive_key)
+        shardings = flat_shardings(self.model)
+        groups = collect(self.param_groups, self.recipe, member_of, self._adaptive_key, shardings)
+        distributed.check_sharded(self.recipe, groups)
         if groups and all(metric == FIXED for group in groups for _, metric, _ in group.keys):
             raise ValueError(
                 f"recipe '{self.recipe.name}' selects none of the parameters; nothing would be perturbed"

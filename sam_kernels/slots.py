@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sharding import local, wrapped
 from .tensor_groups import TensorGroup
 
 _PREFIX = "sam_"
@@ -21,6 +22,8 @@ SCALARS = ("lambda", "previous_norm", "mean", "variance")
 
 class Slots:
     """Tensors by name and parameter, and numbers by name; in checkpoints, never in `Optimizer.state`.
+
+    Of a parameter that is spread over ranks they are local tensors here, and DTensors in checkpoints.
 
     Base optimizers take state of any kind for their own, and would not create what they miss in it.
     """
@@ -36,7 +39,7 @@ class Slots:
         own = self.tensors.get(name)
         if not own:
             return [None] * len(group.params)
-        found = [own.get(p) for p in group.params]
+        found = [own.get(owner) for owner in group.owners]
         for t, (slot, p) in enumerate(zip(found, group.params, strict=True)):
             if slot is not None and slot.shape != p.shape:
                 raise ValueError(
@@ -44,13 +47,13 @@ class Slots:
                     "parameter has changed its size since; build the optimizer anew"
                 )
             if slot is not None and not _fits(slot, p):
-                found[t] = own[p] = torch.empty_like(p, requires_grad=False).copy_(slot)
+                found[t] = own[group.owners[t]] = torch.empty_like(p, requires_grad=False).copy_(slot)
         return found
 
     def put(self, name: str, group: TensorGroup, tensors: Iterable[Tensor | None]) -> None:
         """Keep the tensors that are there; where there is a None, what was kept before stays."""
         own = self.tensors.setdefault(name, {})
-        own.update((p, x) for p, x in zip(group.params, tensors, strict=True) if x is not None)
+        own.update((p, x) for p, x in zip(group.owners, tensors, strict=True) if x is not None)
 
     def drop(self, name: str, params: Iterable[Tensor]) -> None:
         """Forget the slot of these parameters."""
@@ -61,7 +64,9 @@ class Slots:
 
     def saved(self, param: Tensor) -> dict[str, Tensor]:
         """The entries of a parameter in a checkpoint."""
-        return {_PREFIX + name: own[param] for name, own in self.tensors.items() if param in own}
+        return {
+            _PREFIX + name: wrapped(own[param], param) for name, own in self.tensors.items() if param in own
+        }
 
     def saved_scalars(self) -> dict[str, float]:
         """The entries of the first param group in a checkpoint; the host waits for the device here."""
@@ -78,7 +83,7 @@ class Slots:
         for param, own in tensors.items():
             for name, tensor in own.items():
                 kept = torch.empty_like(param, requires_grad=False).copy_(tensor)
-                self.tensors.setdefault(name, {})[param] = kept
+                self.tensors.setdefault(name, {})[param] = local(kept)
         self.scalars = dict(scalars)
 
     @staticmethod

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import combination, directions, perturbation, probing, state
+from . import combination, directions, distributed, perturbation, probing, state
 from .combination import Held
 from .perturbation import Measure, Served
 from .policies import (
@@ -27,6 +27,7 @@ from .policies import (
 )
 from .recipe import Recipe
 from .running_stats import frozen
+from .sharding import resharders
 from .slots import Slots
 
 Closure = Callable[..., Any]
@@ -40,6 +41,7 @@ class Steps:
 
     recipe: Recipe
     model: nn.Module | None
+    across_ranks: str
     base_optimizer: Optimizer
     param_groups: list[dict[str, Any]]
     _slots: Slots
@@ -140,14 +142,18 @@ class Steps:
     def _evaluate_all(self, closures: Sequence[Closure], probe: int) -> list[Any]:
         """The gradient at one point: the sum over all closures, as autograd adds it up."""
         losses: list[Any] = []
-        for closure in closures:
+        self._let_go_of_gathered()
+        for number, closure in enumerate(closures):
+            # Of a batch in parts, DistributedDataParallel averages the sum, with the last of them.
+            is_averaged = self._averages(probe) and number + 1 == len(closures)
             if not losses:
-                losses.append(self._evaluate(closure, probe))
+                with distributed.quiet(self.model, is_averaged):
+                    losses.append(self._evaluate(closure, probe))
                 continue
             before = [(p, p.grad) for group in self.param_groups for p in group["params"]]
             self._keeps_gradients = True  # closures clear them as they are used to; not now
             try:
-                with torch.enable_grad():
+                with torch.enable_grad(), distributed.quiet(self.model, is_averaged):
                     losses.append(closure(**self.closure_kwargs(probe)))
             finally:
                 self._keeps_gradients = False
@@ -167,6 +173,17 @@ class Steps:
         torch.clear_autocast_cache()
         with torch.enable_grad():
             return closure(**self.closure_kwargs(probe))
+
+    def _averages(self, probe: int) -> bool:
+        """Whether the gradients of a pass are those of all ranks; see note [whose perturbation]."""
+        if self.across_ranks != distributed.PER_RANK or not self.is_due:
+            return True
+        return probe + 1 >= self.recipe.gradients
+
+    def _let_go_of_gathered(self) -> None:
+        """Weights have moved, or may have: what FSDP2 gathered of them before is of no use."""
+        for reshard in resharders(self.model):
+            reshard()
 
     # ---- ascent --------------------------------------------------------------------------------
 
@@ -242,7 +259,7 @@ class Steps:
         if isinstance(direction, Noise):
             numbers = self._numbers()
             for group, backend in served:
-                own = [numbers[p] for p in group.params]
+                own = directions.own_numbers(group, numbers)
                 directions.aim_at_noise(group, backend, direction, step, own, self._micro_batch)
         elif isinstance(direction, Momentum):
             for group, _ in served:
@@ -258,7 +275,7 @@ class Steps:
         """Whole tensors are left out by taking their gradients away."""
         chosen = self._drawn_tensors(self.recipe.mask)
         for group, _ in served:
-            group.aim([g if p in chosen else None for p, g in zip(group.params, group.grads, strict=True)])
+            group.aim([g if p in chosen else None for p, g in zip(group.owners, group.grads, strict=True)])
 
     def _start_at_random(self, probe: RandomStart) -> None:
         served = self._groups()
