@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from .policies import Bernoulli, Remembering, Sparse
 from .recipe import Recipe
-from .sharding import resharders
+from .sharding import fsdp_modules
 from .tensor_groups import TensorGroup
 
 # note: [whose perturbation]
@@ -22,30 +23,108 @@ from .tensor_groups import TensorGroup
 SYNCED, PER_RANK = "synced", "per_rank"
 
 
-def ddp_of(model: nn.Module | None) -> Any:
-    """The `DistributedDataParallel` that a model is, or None."""
-    module = sys.modules.get("torch.nn.parallel.distributed")
-    is_ddp = module is not None and isinstance(model, module.DistributedDataParallel)
-    return model if is_ddp else None
+class Ranks:
+    """What a step has to do with other ranks, by whatever averages gradients over them.
+
+    Args:
+        are_apart: whether each perturbs for itself.
+        ddp: the `DistributedDataParallel` that averages, or None.
+        replicas: the process group over which hooks of ours average, or None.
+    """
+
+    def __init__(self, are_apart: bool = False, ddp: Any = None, replicas: Any = None) -> None:
+        self.are_apart = are_apart
+        self._ddp = ddp
+        self._replicas = replicas
+        self._is_pass_averaged = True
+
+    @contextmanager
+    def averaging(self, is_pass_averaged: bool, is_last: bool = True) -> Iterator[None]:
+        """Around forward and backward.
+
+        Args:
+            is_pass_averaged: over all ranks.
+            is_last: of the parts of a batch. `DistributedDataParallel` averages the sum of all parts in the
+                last, hooks each part by itself.
+        """
+        before, self._is_pass_averaged = self._is_pass_averaged, is_pass_averaged
+        try:
+            is_quiet = self._ddp is not None and not (is_pass_averaged and is_last)
+            with self._ddp.no_sync() if is_quiet else nullcontext():
+                yield
+        finally:
+            self._is_pass_averaged = before
+
+    def average(self, gradients: Tensor) -> None:
+        """The hook of `fully_shard` modules: called with what is reduced over their shards."""
+        if self._is_pass_averaged:
+            torch.distributed.all_reduce(gradients, group=self._replicas)
+            gradients /= self._replicas.size()
+
+    def share(self, guard: Tensor | None) -> Tensor | None:
+        """A guard that is finite only where it is so on all ranks, which then take the same branch."""
+        group = self._replicas if self._ddp is None else self._ddp.process_group
+        if guard is None or not self.are_apart:
+            return guard
+        # Whether, not how much: a sum of finite norms could overflow.
+        bad = torch.where(torch.isfinite(guard), 0.0, torch.inf)
+        torch.distributed.all_reduce(bad, group=group)
+        return guard + bad
 
 
-def check_ranks(wish: Any, recipe: Recipe, model: nn.Module | None) -> str:
-    """The wish; a sentence where it is none, or cannot be had with this recipe and model.
+def ranks_of(wish: Any, recipe: Recipe, model: nn.Module | None, replicas: Any) -> Ranks:
+    """What the constructor's arguments say of other ranks.
 
     Raises:
         ValueError: naming what stands against it.
     """
     if wish not in (SYNCED, PER_RANK):
         raise ValueError(f"SAM: across_ranks is {wish!r}; expected {SYNCED!r} or {PER_RANK!r}")
-    if wish == SYNCED:
-        return wish
-    ddp = ddp_of(model)
-    if ddp is None:
-        sharded = "; a rank of fully_shard has no gradient of its own" if resharders(model) else ""
+    ddp = _ddp_of(model)
+    if wish == PER_RANK:
+        _check_apart(recipe, model, ddp, replicas)
+    ranks = Ranks(wish == PER_RANK, ddp, _group_of(replicas))
+    if replicas is not None:
+        modules = fsdp_modules(model)
+        if not modules:
+            raise ValueError(
+                "SAM: replicas= averages the gradients of fully_shard modules, and model= has none of them; "
+                "pass the module that fully_shard was applied to"
+            )
+        for module in modules:
+            module.set_all_reduce_hook(ranks.average)
+    return ranks
+
+
+def _ddp_of(model: nn.Module | None) -> Any:
+    module = sys.modules.get("torch.nn.parallel.distributed")
+    is_ddp = module is not None and isinstance(model, module.DistributedDataParallel)
+    return model if is_ddp else None
+
+
+def _group_of(replicas: Any) -> Any:
+    """The process group of a mesh of one dimension; a process group is its own."""
+    if hasattr(replicas, "get_group"):
+        if replicas.ndim != 1:
+            raise ValueError(
+                f"SAM: replicas is a mesh of {replicas.ndim} dimensions; expected one, mesh['name']"
+            )
+        return replicas.get_group()
+    return replicas
+
+
+def _check_apart(recipe: Recipe, model: nn.Module | None, ddp: Any, replicas: Any) -> None:
+    if ddp is None and replicas is None:
+        sharded = fsdp_modules(model)
+        how = (
+            "a rank of fully_shard has no gradient of its own; shard over one dimension of a mesh and give "
+            "the other as replicas= for one perturbation per group of shards"
+            if sharded
+            else f"pass the DistributedDataParallel module as model= (it is {type(model).__name__})"
+        )
         raise ValueError(
-            "SAM: across_ranks='per_rank' perturbs along gradients that are not averaged, and asks the "
-            f"DistributedDataParallel module for them; pass it as model= (it is {type(model).__name__})"
-            f"{sharded}"
+            "SAM: across_ranks='per_rank' perturbs along gradients that are not averaged over all ranks; "
+            + how
         )
     if getattr(ddp, "static_graph", False):
         raise ValueError(
@@ -59,7 +138,6 @@ def check_ranks(wish: Any, recipe: Recipe, model: nn.Module | None) -> str:
             f"SAM: across_ranks='per_rank' and recipe '{recipe.name}' do not go together: {reason}; use "
             "across_ranks='synced'"
         )
-    return wish
 
 
 def _why_not_per_rank(recipe: Recipe) -> str | None:
@@ -102,20 +180,3 @@ def warn_if_gathered_weights_may_stay(groups: list[TensorGroup], model: nn.Modul
             UserWarning,
             stacklevel=4,
         )
-
-
-def quiet(model: nn.Module | None, is_averaged: bool) -> AbstractContextManager[Any]:
-    """Around forward and backward of a pass whose gradients DistributedDataParallel shall not average."""
-    ddp = ddp_of(model)
-    return nullcontext() if ddp is None or is_averaged else ddp.no_sync()
-
-
-def shared(guard: Tensor | None, model: nn.Module | None) -> Tensor | None:
-    """A guard that is finite only where it is so on all ranks, which then take the same branch."""
-    ddp = ddp_of(model)
-    if guard is None or ddp is None:
-        return guard
-    # Whether, not how much: sums of finite numbers could overflow.
-    bad = torch.where(torch.isfinite(guard), 0.0, torch.inf)
-    torch.distributed.all_reduce(bad, group=ddp.process_group)
-    return guard + bad

@@ -80,6 +80,9 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             whole batch, or "per_rank" for one along each rank's own gradient (m-sharpness): ``step(closure)``
             then averages the last pass alone, and in the two-step form forward and backward of the first
             go inside ``with opt.first_pass():``. Needs the wrapped module as `model`.
+        replicas: the process group, or mesh of one dimension, over which modules are replicated that
+            `fully_shard` has spread over another mesh. Gradients are then averaged over it here, which lets
+            each group of shards perturb for itself ("per_rank").
         **base_kwargs: for the base optimizer's class, e.g. lr, momentum, weight_decay.
 
     Attributes:
@@ -121,6 +124,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         allow_plain_step: bool = False,
         max_grad_norm: float | None = None,
         across_ranks: str = distributed.SYNCED,
+        replicas: Any = None,
         **base_kwargs: Any,
     ) -> None:
         chosen = choose_recipe(recipe, rho, adaptive)
@@ -135,7 +139,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         self.model = model
         self.allow_plain_step = allow_plain_step
         self.max_grad_norm = check_max_norm(max_grad_norm, chosen)
-        self.across_ranks = distributed.check_ranks(across_ranks, chosen, model)
+        self.ranks = distributed.ranks_of(across_ranks, chosen, model, replicas)
         self._phase = _IDLE
         self._forget_transients()
         self._micro_batch, self._parts = 0, 1
@@ -192,7 +196,8 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         Args:
             base_optimizer: an instance, possibly with state already.
             recipe: as in the constructor.
-            **kwargs: rho, adaptive, backend, model, allow_plain_step, max_grad_norm, across_ranks.
+            **kwargs: rho, adaptive, backend, model, allow_plain_step, max_grad_norm, across_ranks,
+                replicas.
 
         Raises:
             TypeError: if base_optimizer is not an instance.
@@ -420,7 +425,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             >>> (w**2).sum().backward()
             >>> opt.step()
         """
-        return distributed.quiet(self.model, self._averages(0))
+        return self.ranks.averaging(self._averages(0))
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Descent step: restore the weights and let the base step with the present gradients.
@@ -532,7 +537,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
 
     def _begin_perturbed(self) -> None:
         self._begin(_PERTURBED)
-        self._let_go_of_gathered()
+        self._weights_have_moved()
 
     def _begin(self, phase: str) -> None:
         """From here on a step is pending."""
@@ -546,7 +551,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
     def _restore(self) -> None:
         with torch.no_grad():
             perturbation.restore(self._perturbed_groups())
-        self._let_go_of_gathered()
+        self._weights_have_moved()
 
     @torch.no_grad()
     def _abandon(self) -> None:
@@ -566,7 +571,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             # Of the others too: the buffers of snapshots may hold a direction by now.
             perturbation.forget(group)
             group.drop_gradients()
-        self._let_go_of_gathered()
+        self._weights_have_moved()
 
     def _revalidate(self) -> None:
         """Before perturbed weights are written again: they must still be what was perturbed.
@@ -614,8 +619,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         self._adopt_strays()
         is_pending = self._phase != _IDLE
         guard = self._guard if is_pending else None
-        if self.across_ranks == distributed.PER_RANK:
-            guard = distributed.shared(guard, self.model)
+        guard = self.ranks.share(guard)
         try:
             self._revalidate()
             is_lost = is_pending and self._had_gradients and not self._has_gradients()
@@ -701,7 +705,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         self._next_masks = None
         for param_group in self.param_groups:
             param_group["sam_step"] += 1
-        self._let_go_of_gathered()
+        self._weights_have_moved()
 
     def _clip(self, guard: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """``min(1, max_grad_norm / (||d|| + 1e-6))``, None without a bound, and a guard that minds it."""

@@ -7,7 +7,7 @@ belongs to the user (parameters, their state, their gradients) stays a DTensor.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,13 +68,12 @@ def is_dtensor(tensor: Any) -> bool:
 
 
 def local(tensor: Any) -> Any:
-    """The part of a tensor that this process holds, over the same memory; plain tensors are their own."""
-    if not is_dtensor(tensor):
-        return tensor
-    if not torch.is_grad_enabled():
-        return tensor.to_local()
-    with torch.no_grad():  # with it, the same object every time; otherwise a view that autograd knows
-        return tensor.to_local()
+    """The part of a tensor that this process holds, over the same memory; plain tensors are their own.
+
+    The same object every time, as long as the DTensor has it: ``to_local()`` of a parameter makes a new one
+    in each call, and inside autograd a view.
+    """
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def wrapped(part: Tensor, like: Any) -> Any:
@@ -156,15 +155,12 @@ def flat_shardings(model: nn.Module | None) -> dict[int, Sharding]:
     return found
 
 
-def resharders(model: nn.Module | None) -> list[Callable[[], None]]:
-    """What frees the gathered weights of every `fully_shard` module; nothing happens where they are free.
-
-    A module that stays unsharded between two passes would compute with weights from before the perturbation.
-    """
+def fsdp_modules(model: nn.Module | None) -> list[Any]:
+    """The modules that `fully_shard` was applied to (FSDP2)."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if model is None or fsdp is None or not hasattr(fsdp, "FSDPModule"):
         return []
-    return [module.reshard for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def _written(placements: Any) -> str:
@@ -175,10 +171,10 @@ __all__ = [
     "WHOLE",
     "Sharding",
     "flat_shardings",
+    "fsdp_modules",
     "is_dtensor",
     "local",
     "local_gradient",
-    "resharders",
     "sharding_of",
     "wrapped",
 ]

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from . import combination, directions, distributed, perturbation, probing, state
+from . import combination, directions, perturbation, probing, state
 from .combination import Held
+from .distributed import Ranks
 from .perturbation import Measure, Served
 from .policies import (
     Bernoulli,
@@ -27,7 +29,7 @@ from .policies import (
 )
 from .recipe import Recipe
 from .running_stats import frozen
-from .sharding import resharders
+from .sharding import fsdp_modules
 from .slots import Slots
 
 Closure = Callable[..., Any]
@@ -41,7 +43,8 @@ class Steps:
 
     recipe: Recipe
     model: nn.Module | None
-    across_ranks: str
+    ranks: Ranks
+    _served: Served | None
     base_optimizer: Optimizer
     param_groups: list[dict[str, Any]]
     _slots: Slots
@@ -142,18 +145,17 @@ class Steps:
     def _evaluate_all(self, closures: Sequence[Closure], probe: int) -> list[Any]:
         """The gradient at one point: the sum over all closures, as autograd adds it up."""
         losses: list[Any] = []
-        self._let_go_of_gathered()
+        self._weights_have_moved()
         for number, closure in enumerate(closures):
-            # Of a batch in parts, DistributedDataParallel averages the sum, with the last of them.
-            is_averaged = self._averages(probe) and number + 1 == len(closures)
+            of_ranks = self.ranks.averaging(self._averages(probe), is_last=number + 1 == len(closures))
             if not losses:
-                with distributed.quiet(self.model, is_averaged):
+                with of_ranks:
                     losses.append(self._evaluate(closure, probe))
                 continue
             before = [(p, p.grad) for group in self.param_groups for p in group["params"]]
             self._keeps_gradients = True  # closures clear them as they are used to; not now
             try:
-                with torch.enable_grad(), distributed.quiet(self.model, is_averaged):
+                with torch.enable_grad(), of_ranks:
                     losses.append(closure(**self.closure_kwargs(probe)))
             finally:
                 self._keeps_gradients = False
@@ -176,14 +178,17 @@ class Steps:
 
     def _averages(self, probe: int) -> bool:
         """Whether the gradients of a pass are those of all ranks; see note [whose perturbation]."""
-        if self.across_ranks != distributed.PER_RANK or not self.is_due:
+        if not self.ranks.are_apart or not self.is_due:
             return True
         return probe + 1 >= self.recipe.gradients
 
-    def _let_go_of_gathered(self) -> None:
-        """Weights have moved, or may have: what FSDP2 gathered of them before is of no use."""
-        for reshard in resharders(self.model):
-            reshard()
+    def _weights_have_moved(self) -> None:
+        """What others made of the weights before is of no use: what FSDP2 gathered, what autograd saved."""
+        for module in fsdp_modules(self.model):
+            module.reshard()
+        for group, _ in self._served or []:
+            if group.has_dtensors:  # passes count what they write into local tensors, of which they know
+                increment_version(group.owners)
 
     # ---- ascent --------------------------------------------------------------------------------
 
