@@ -147,6 +147,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         self._keeps_gradients = False  # zero_grad does nothing
         self._slots = Slots()
         self._masks = Masks()
+        self._reserved_words: dict[Tensor, Tensor] = {}
         self._given: set[Tensor] = set()  # parameters whose masks the recipe was asked for
         self._had_gradients = False  # in the first pass of the pending step
         self._clearings = 0  # how often gradients were cleared since then
@@ -275,6 +276,9 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         # counts attempts: a step skipped for a gradient that is not finite counts too, since knowing
         # better would take a read-back from the device in every step.
         group.setdefault("sam_step", self.param_groups[0].get("sam_step", 0))
+        if index == 0:
+            for key, value in self._scalars().items():
+                group.setdefault(key, value)
         self._check_ours(group, where)
 
     def _check_ours(self, group: Any, where: str) -> None:
@@ -697,6 +701,8 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         for group, _ in [*(self._served or []), *self._held_of]:
             group.drop_gradients()  # held on to, they would outlive `zero_grad` and the next backward
         self._forget_held()
+        self._slots.clear_reserved()
+        self._reserved_words = {}
         self._slots.scalars.update(self._next_scalars)
         self._next_scalars = {}
         self._gate_is_closed = False
@@ -754,6 +760,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         if no_rate and self.is_due:
             # torch's distributed checkpoint asks for a step like this to make the state exist.
             self.base_optimizer.step()
+            self._reserve(group for group, _ in self._groups())
             return
         if not (self.allow_plain_step or not self.is_due):
             raise RuntimeError(

@@ -20,6 +20,11 @@ SCALARS = ("lambda", "previous_norm", "mean", "variance")
 """The numbers there may be, under ``sam_<name>`` in the first param group of a checkpoint."""
 
 
+def key_of(name: str) -> str:
+    """The key of a slot in a checkpoint."""
+    return _PREFIX + name
+
+
 class Slots:
     """Tensors by name and parameter, and numbers by name; in checkpoints, never in `Optimizer.state`.
 
@@ -31,6 +36,7 @@ class Slots:
     def __init__(self) -> None:
         self.tensors: dict[str, dict[Tensor, Tensor]] = {}
         self.scalars: dict[str, Any] = {}
+        self._reserved: dict[str, dict[Tensor, Tensor]] = {}  # see `reserve`
 
     # ---- tensors -------------------------------------------------------------------------------
 
@@ -65,12 +71,27 @@ class Slots:
     def saved(self, param: Tensor) -> dict[str, Tensor]:
         """The entries of a parameter in a checkpoint."""
         return {
-            _PREFIX + name: wrapped(own[param], param) for name, own in self.tensors.items() if param in own
+            _PREFIX + name: wrapped(own[param], param)
+            for own_of in (self._reserved, self.tensors)
+            for name, own in own_of.items()
+            if param in own
         }
 
     def saved_scalars(self) -> dict[str, float]:
         """The entries of the first param group in a checkpoint; the host waits for the device here."""
         return {_PREFIX + name: float(value) for name, value in self.scalars.items()}
+
+    def reserve(self, names: Iterable[str], group: TensorGroup) -> None:
+        """Places that only checkpoints show, for `torch.distributed.checkpoint` to load into."""
+        for name in names:
+            own = self._reserved.setdefault(name, {})
+            for owner, p in zip(group.owners, group.params, strict=True):
+                if owner.requires_grad:
+                    own[owner] = torch.zeros_like(p, requires_grad=False)
+
+    def clear_reserved(self) -> None:
+        """A step has made what is to be kept, or a checkpoint has brought it."""
+        self._reserved = {}
 
     @staticmethod
     def taken(entry: dict[str, Any], names: tuple[str, ...] = NAMES) -> dict[str, Any]:
@@ -80,6 +101,7 @@ class Slots:
     def load(self, tensors: Mapping[Tensor, Mapping[str, Tensor]], scalars: Mapping[str, float]) -> None:
         """Take the place of everything that is kept."""
         self.tensors = {}
+        self.clear_reserved()
         for param, own in tensors.items():
             for name, tensor in own.items():
                 kept = torch.empty_like(param, requires_grad=False).copy_(tensor)

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from problems import BASES, RHO, STEPS, loss_of, net, part
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -181,3 +183,46 @@ def zero_redundancy(base: str = "SGD") -> Any:
     opt = SAM.wrap(made, recipes.sam(rho=RHO), model=model)
     train(model, opt)
     return full(model)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+def _dcp_state(model: nn.Module, opt: SAM, flat: bool) -> dict[str, Any]:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    weights, moments = get_state_dict(model, opt, options=options)
+    return {"model": weights, "optimizer": moments}
+
+
+def begin_and_save(
+    folder: str, recipe: str = "sam", base: str = "AdamW", flat: bool = False, before: int = 2
+) -> Any:
+    """Some steps, a checkpoint, and the steps after it as well: what a resumed run must equal."""
+    model = sharded()
+    opt = optimizer(model, base, recipe)
+    train(model, opt, steps=before, data=_same)
+    dcp.save(_dcp_state(model, opt, flat), checkpoint_id=folder)
+    train(model, opt, data=_after(before))
+    return full(model)
+
+
+def load_and_go_on(
+    folder: str, recipe: str = "sam", base: str = "AdamW", flat: bool = False, before: int = 2
+) -> Any:
+    model = sharded()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(float("nan"))
+    opt = optimizer(model, base, recipe)
+    state = _dcp_state(model, opt, flat)
+    dcp.load(state, checkpoint_id=folder)
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    set_state_dict(
+        model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
+    )
+    train(model, opt, data=_after(before))
+    return full(model)
+
+
+def _after(before: int) -> Any:
+    return lambda step, rank, world: _same(step + before, rank, world)
