@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .policies import Bernoulli, Remembering, Sparse
+from .policies import Remembering, Sparse
 from .recipe import Recipe
 from .sharding import fsdp_modules
 from .tensor_groups import TensorGroup
@@ -161,9 +161,9 @@ def check_sharded(recipe: Recipe, groups: list[TensorGroup]) -> None:
     if not any(group.has_dtensors or group.sharding.groups for group in groups):
         return
     mask = recipe.mask
-    if isinstance(mask, Sparse) and not (isinstance(mask, Bernoulli) and mask.by == "tensor"):
+    if isinstance(mask, Sparse) and mask.is_stored:
         raise ValueError(
-            f"recipe '{recipe.name}' selects single weights, and this is not done yet where parameters are "
+            f"recipe '{recipe.name}' selects weights by rank, and this is not done yet where parameters are "
             "DTensors or spread over ranks; use a recipe without a mask, or DistributedDataParallel"
         )
 

@@ -24,12 +24,12 @@ BASES: dict[str, dict[str, Any]] = {
 class Net(nn.Module):
     """Sizes that no number of ranks divides, and a parameter of one element."""
 
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Linear(6, 13, dtype=dtype)
-        self.norm = nn.LayerNorm(13, dtype=dtype)
-        self.scale = nn.Parameter(torch.tensor([1.5], dtype=dtype))
-        self.outer = nn.Linear(13, 3, dtype=dtype)
+        self.inner = nn.Linear(6, 13)
+        self.norm = nn.LayerNorm(13)
+        self.scale = nn.Parameter(torch.tensor([1.5]))
+        self.outer = nn.Linear(13, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.outer(torch.tanh(self.norm(self.inner(x)) * self.scale))
@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 def net(dtype: torch.dtype = torch.float64) -> Net:
     torch.manual_seed(3)
-    return Net(dtype)
+    return Net().to(dtype)
 
 
 def batch(step: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def gradient(weights: Tensors, x: Tensor, y: Tensor) -> Tensors:
     leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
-    loss = ((functional_call(Net(), leaves, (x,)) - y) ** 2).mean()
+    loss = ((functional_call(Net().double(), leaves, (x,)) - y) ** 2).mean()
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
 
