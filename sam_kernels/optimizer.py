@@ -38,6 +38,7 @@ from .policies import (
     Sparse,
 )
 from .recipe import Recipe, check_adaptive, check_rho
+from .scaling import Scaling
 from .schedules import ProportionalToLr
 from .selection import Block
 from .slots import Slots
@@ -48,7 +49,7 @@ from .tensor_groups import FIXED, collect, lives_on_device
 _IDLE, _PERTURBED, _NOT_DUE, _RESTORED = "idle", "perturbed", "not due", "restored"
 
 
-class SAM(Steps, MaskUpdates, Checkpoints):
+class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
     """Sharpness-aware minimization around a base optimizer.
 
     A step is: gradient at ``w``; ``w + e`` with ``e = rho T^2 g / (||T g|| + eps)``; gradient there;
@@ -133,6 +134,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         self._micro_batch, self._parts = 0, 1
         self.copies_gradients = False
         self._keeps_gradients = False  # zero_grad does nothing
+        self._runs_closure = False
         self._slots = Slots()
         self._masks = Masks()
         self._given: set[Tensor] = set()  # parameters whose masks the recipe was asked for
@@ -302,6 +304,12 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         optimizer's ``zero_grad``, which does nothing there. With `m_sharpness` every part has a perturbation
         of its own, and the resulting gradients are added up.
 
+        Under a `torch.amp.GradScaler` call ``scaler.step(opt)`` after `first_step` and the second scaled
+        backward: weights are restored in every case, and updated with unscaled gradients unless one is not
+        finite. Recipes that take more from the first gradient than its direction must know the scale sooner
+        and say so; ``scaler.step(opt, closure)`` serves all, after a backward of its own for the scaler to
+        look at. An overflow inside the closure skips the step, and the scaler does not hear of it.
+
         Args:
             closure: recomputes the loss, calls backward and returns the loss; or a list of such functions.
             ahead: the closure of the next batch, for recipes that look ahead (`recipes.sampa`).
@@ -312,11 +320,12 @@ class SAM(Steps, MaskUpdates, Checkpoints):
 
         Raises:
             TypeError: for a closure that is no function, or keywords that do not go with the recipe.
-            RuntimeError: for a step() with nothing pending that would silently not be SAM, or a
-                step(closure) in the middle of a two-step.
+            RuntimeError: for a step() with nothing pending that would silently not be SAM, a step(closure)
+                in the middle of a two-step, or scaled gradients that could not be unscaled.
         """
         check_closures(self.recipe, closure, ahead, m_sharpness)
         was_idle = self._phase == _IDLE
+        self._runs_closure = closure is not None
         try:
             return self._step(closure, ahead=ahead, m_sharpness=m_sharpness)
         except BaseException:
@@ -325,6 +334,8 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             if closure is None or was_idle:
                 self._abandon()
             raise
+        finally:
+            self._runs_closure = False
 
     # Tells torch.optim.Optimizer that the hooks are called already: `_step` below is the hooked one.
     step.hooked = True  # type: ignore[attr-defined]
@@ -342,11 +353,13 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             if self._phase == _IDLE:
                 self._plain_step()
             else:
+                self._meet_scaler(is_pending=True, is_decayed=self._phase == _RESTORED)
                 if self._phase != _RESTORED:  # there it was added while the weights were perturbed
                     self._decay_inside()
                 self._descend()
             return None
         self._require_idle("step(closure)")
+        self._require_scale()
         probe, is_due = self.recipe.probe, self.is_due
         if callable(closure) and is_due and isinstance(probe, Anticipated):
             loss = anticipated.evaluate(self, closure, ahead)  # type: ignore[arg-type]
@@ -448,7 +461,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         """Clear the gradients, as in `torch.optim`.
 
         Between `first_step` and `step`, after the second backward, this gives the step up: ``step()``
-        then restores the weights and updates nothing. Do so where a GradScaler has skipped a step.
+        then restores the weights and updates nothing. A GradScaler needs no such thing.
 
         Args:
             set_to_none: drop the gradients in place of writing zeros.
@@ -582,7 +595,6 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         """Restore and update; from here on the step either completes or leaves the weights restored."""
         self._adopt_strays()
         is_pending = self._phase != _IDLE
-        guard = self._guard if is_pending else None
         try:
             self._revalidate()
             is_lost = is_pending and self._had_gradients and not self._has_gradients()
@@ -594,14 +606,15 @@ class SAM(Steps, MaskUpdates, Checkpoints):
                     f"step(): no parameter has a gradient{which}. The weights are restored and nothing was "
                     f"updated; call backward(){' again' if has_first else ''} between first_step() and step()"
                 )
-            after, clip = None, None
+            after, clip, guard = None, None, self._guard
             if not is_lost:
+                self._look_at_last()
                 after = self._swap_gradients()
                 self._combine_gradients()
                 if not self.is_due or self._gate_is_closed:
                     self._reuse_gradients()
-                clip, guard = self._clip(guard)
-            if guard is not None and not self.recipe.direction.needs_gradient:
+                clip, guard = self._clip(self._guard)
+            if guard is not None and is_pending and not self.recipe.direction.needs_gradient:
                 # No gradient has been looked at yet.
                 guard = guard + perturbation.squares(self._read_gradients()).to(guard.device)
             self._update(guard, clip)
@@ -670,12 +683,21 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             param_group["sam_step"] += 1
 
     def _clip(self, guard: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """``min(1, max_grad_norm / (||d|| + 1e-6))``, None without a bound, and a guard that minds it."""
-        if self.max_grad_norm is None or not self._groups():
-            return None, guard
+        """``min(1, max_grad_norm / (||d|| + 1e-6)) / scale``, None for 1, and a guard that minds it.
+
+        d is unscaled; without a bound the minimum is 1.
+        """
+        scale = self._scale_left
+        factor = None if scale is None else scale.reciprocal()
+        if (self.max_grad_norm is None and not self._checks_base) or not self._groups():
+            return factor, guard
         norm = perturbation.squares(self._read_gradients()).sqrt()
-        factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        return factor, norm if guard is None else guard + norm.to(guard.device)
+        guard = norm if guard is None else guard + norm.to(guard.device)
+        if self.max_grad_norm is None:
+            return factor, guard
+        size = norm if factor is None else norm * factor.to(norm.device)
+        clip = (self.max_grad_norm / (size + 1e-6)).clamp(max=1.0)
+        return clip if factor is None else clip * factor.to(clip.device), guard
 
     def _descend_fused(self, rule: str, guard: Tensor | None, clip: Tensor | None = None) -> None:
         served = self._read_gradients()
@@ -713,7 +735,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         lrs = [group.get("lr") for group in self.param_groups]
         # A rate on the device is not waited for: it is a schedule's, and not that zero.
         no_rate = all(lr is not None and not lives_on_device(lr) and float(lr) == 0.0 for lr in lrs)
-        if no_rate and self.is_due:
+        if no_rate and self.is_due and not self._is_scaled:
             # torch's distributed checkpoint asks for a step like this to make the state exist.
             self.base_optimizer.step()
             return
@@ -726,6 +748,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             )
         if isinstance(self.recipe.probe, Anticipated):
             anticipated.forget(self)  # what was anticipated is behind after this step
+        self._meet_scaler(is_pending=False, is_decayed=False)
         self._decay_inside()
         self._descend()
 
@@ -804,7 +827,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             tensor_group.write_table(rows)
 
     def _require_idle(self, what: str) -> None:
-        give_up = "or, to give it up as after a step that GradScaler skipped, zero_grad() and then step()"
+        give_up = "or, to give the step up, zero_grad() and then step()"
         if self._phase == _PERTURBED:
             raise RuntimeError(
                 f"{what}: the weights are perturbed by first_step(); call second_step() or step() first, "

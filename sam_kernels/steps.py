@@ -27,6 +27,7 @@ from .policies import (
 )
 from .recipe import Recipe
 from .running_stats import frozen
+from .scaling import is_scale_free
 from .slots import Slots
 
 Closure = Callable[..., Any]
@@ -64,6 +65,8 @@ class Steps:
     _restore: Callable[[], None]
     _revalidate: Callable[[], None]
     _abandon: Callable[[], None]
+    _guarded: Callable[[Tensor | None], Tensor | None]
+    _unscale: Callable[[], None]
     zero_grad: Callable[..., None]
     closure_kwargs: Callable[[int], dict[str, Any]]
 
@@ -156,6 +159,8 @@ class Steps:
                     "step(): a closure of the list dropped or replaced the gradients of those before it; "
                     "leave clearing them to the optimizer. The weights are restored and no step was taken"
                 )
+        if not is_scale_free(self.recipe):
+            self._unscale()
         self._decay_inside()
         return losses
 
@@ -298,7 +303,7 @@ class Steps:
     @property
     def _guard(self) -> Tensor | None:
         """Not finite where the step is to be skipped, as far as the ascent has seen."""
-        return None if self._measure is None else self._measure.norm
+        return self._guarded(None if self._measure is None else self._measure.norm)
 
     def _read_gradients(self, served: Served | None = None) -> Served:
         """Let these groups take the present gradients; by default the present groups."""
