@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from .policies import (
     Sparse,
 )
 from .recipe import Recipe, check_adaptive, check_rho
+from .rng import Replay, check_rng
 from .scaling import Scaling
 from .schedules import ProportionalToLr
 from .selection import Block
@@ -75,6 +76,10 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             at most this norm over all parameters, as `torch.nn.utils.clip_grad_norm_` does; a norm that is
             not finite skips the step. Where the base's update is fused, ``.grad`` stays as it is. None for
             not.
+        rng: "replay" gives every pass of a step the random numbers of its first, dropout masks say, and goes
+            on after the step as after one pass: of torch's default generators, on the CPU and the devices of
+            the parameters. In the two-step form the first pass must then run inside `first_pass`. "advance"
+            (default) lets each pass draw its own.
         **base_kwargs: for the base optimizer's class, e.g. lr, momentum, weight_decay.
 
     Attributes:
@@ -115,6 +120,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         model: nn.Module | None = None,
         allow_plain_step: bool = False,
         max_grad_norm: float | None = None,
+        rng: Literal["advance", "replay"] = "advance",
         **base_kwargs: Any,
     ) -> None:
         chosen = choose_recipe(recipe, rho, adaptive)
@@ -129,6 +135,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         self.model = model
         self.allow_plain_step = allow_plain_step
         self.max_grad_norm = check_max_norm(max_grad_norm, chosen)
+        self.rng = check_rng(rng, chosen)
         self._phase = _IDLE
         self._forget_transients()
         self._micro_batch, self._parts = 0, 1
@@ -164,6 +171,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         "_next_scalars",
         "_gate_is_closed",
         "_swapped",
+        "_replay",
     )
 
     def _forget_transients(self) -> None:
@@ -177,6 +185,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         self._next_scalars: dict[str, float] = {}  # likewise
         self._gate_is_closed = False
         self._swapped: tuple[Served, combination.Lists] | None = None
+        self._replay = Replay()
 
     @classmethod
     def wrap(cls, base_optimizer: Optimizer, recipe: Recipe | str | None = None, **kwargs: Any) -> SAM:
@@ -185,7 +194,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         Args:
             base_optimizer: an instance, possibly with state already.
             recipe: as in the constructor.
-            **kwargs: rho, adaptive, backend, model, allow_plain_step, max_grad_norm.
+            **kwargs: rho, adaptive, backend, model, allow_plain_step, max_grad_norm, rng.
 
         Raises:
             TypeError: if base_optimizer is not an instance.
@@ -397,6 +406,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
                 "first_step/second_step serve one-probe recipes"
             )
         if self.recipe.direction.needs_gradient:
+            self._require_first_pass()
             self._decay_inside()
         if self.is_due and self._passes_gate():
             self._ascend(by_copy=not zero_grad)
@@ -406,6 +416,45 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             self.zero_grad()
         if self._phase == _PERTURBED and not self.recipe.direction.needs_gradient:
             self._had_gradients, self._clearings = True, 0  # the only ones are to come
+        self._replay.begin()
+
+    @contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """Around the first pass of the two-step form, forward and backward, where ``rng="replay"``.
+
+        From `first_step` to the end of the step, or of the block of `perturbed`, random numbers are then
+        those of this block again. ``step(closure)`` needs no such block.
+
+        Raises:
+            RuntimeError: in the middle of a step.
+
+        Example:
+            >>> import torch
+            >>> from sam_kernels import SAM
+            >>> w = torch.nn.Parameter(torch.ones(3))
+            >>> opt = SAM([w], torch.optim.SGD, lr=0.1, rng="replay")
+            >>> with opt.first_pass():
+            ...     (torch.dropout(w, 0.5, train=True) ** 2).sum().backward()
+            >>> opt.first_step(zero_grad=True)
+            >>> (torch.dropout(w, 0.5, train=True) ** 2).sum().backward()
+            >>> opt.step()
+        """
+        self._require_idle("first_pass()")
+        if self.rng == "replay":
+            self._replay.note(self._devices())
+        try:
+            yield
+        except BaseException:
+            self._replay.forget()
+            raise
+
+    def _require_first_pass(self) -> None:
+        if self.rng == "replay" and not self._replay.has_first:
+            raise RuntimeError(
+                "first_step(): rng='replay' repeats the random numbers of the first pass, and where that "
+                "began is not known; run its forward and backward inside `with opt.first_pass():`, or use "
+                "step(closure)"
+            )
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Descent step: restore the weights and let the base step with the present gradients.
@@ -453,6 +502,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
                 self._decay_inside()
                 self._restore()
                 self._phase = _RESTORED
+            self._replay.forget()
         except BaseException:
             self._abandon()
             raise
@@ -535,6 +585,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
     def _abandon(self) -> None:
         """Weights back, nothing pending, nothing remembered: the end of every step that failed."""
         self._phase = _IDLE
+        self._replay.forget()
         self._measure = None
         self._next_masks = None
         self._next_scalars = {}
@@ -669,6 +720,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
     def _complete(self, is_lost: bool = False) -> None:
         """The step is over: nothing is pending, and it counts."""
         self._phase = _IDLE
+        self._replay.forget()
         self._measure = None
         for group, _ in [*(self._served or []), *self._held_of]:
             group.drop_gradients()  # held on to, they would outlive `zero_grad` and the next backward

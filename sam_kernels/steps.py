@@ -26,6 +26,7 @@ from .policies import (
     ReuseOrthogonal,
 )
 from .recipe import Recipe
+from .rng import Replay
 from .running_stats import frozen
 from .scaling import is_scale_free
 from .slots import Slots
@@ -55,6 +56,8 @@ class Steps:
     _next_scalars: dict[str, float]
     _gate_is_closed: bool
     copies_gradients: bool
+    rng: str
+    _replay: Replay
     _groups: Callable[[], Served]
     _write_tables: Callable[[Served], None]
     _begin_masks: Callable[[Served], None]
@@ -142,6 +145,17 @@ class Steps:
 
     def _evaluate_all(self, closures: Sequence[Closure], probe: int) -> list[Any]:
         """The gradient at one point: the sum over all closures, as autograd adds it up."""
+        with nullcontext() if self.rng == "advance" else self._replay.around(probe, self._devices()):
+            losses = self._evaluate_sum(closures, probe)
+        if not is_scale_free(self.recipe):
+            self._unscale()
+        self._decay_inside()
+        return losses
+
+    def _devices(self) -> set[torch.device]:
+        return {p.device for group in self.param_groups for p in group["params"]}
+
+    def _evaluate_sum(self, closures: Sequence[Closure], probe: int) -> list[Any]:
         losses: list[Any] = []
         for closure in closures:
             if not losses:
@@ -159,9 +173,6 @@ class Steps:
                     "step(): a closure of the list dropped or replaced the gradients of those before it; "
                     "leave clearing them to the optimizer. The weights are restored and no step was taken"
                 )
-        if not is_scale_free(self.recipe):
-            self._unscale()
-        self._decay_inside()
         return losses
 
     def _evaluate(self, closure: Closure, probe: int) -> Any:
