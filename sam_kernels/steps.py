@@ -28,7 +28,9 @@ from .policies import (
     ReuseOrthogonal,
 )
 from .recipe import Recipe
+from .rng import Replay
 from .running_stats import frozen
+from .scaling import is_scale_free
 from .sharding import fsdp_modules
 from .slots import Slots
 
@@ -59,6 +61,8 @@ class Steps:
     _next_scalars: dict[str, float]
     _gate_is_closed: bool
     copies_gradients: bool
+    rng: str
+    _replay: Replay
     _groups: Callable[[], Served]
     _write_tables: Callable[[Served], None]
     _begin_masks: Callable[[Served], None]
@@ -69,6 +73,8 @@ class Steps:
     _restore: Callable[[], None]
     _revalidate: Callable[[], None]
     _abandon: Callable[[], None]
+    _guarded: Callable[[Tensor | None], Tensor | None]
+    _unscale: Callable[[], None]
     zero_grad: Callable[..., None]
     closure_kwargs: Callable[[int], dict[str, Any]]
 
@@ -144,6 +150,17 @@ class Steps:
 
     def _evaluate_all(self, closures: Sequence[Closure], probe: int) -> list[Any]:
         """The gradient at one point: the sum over all closures, as autograd adds it up."""
+        with nullcontext() if self.rng == "advance" else self._replay.around(probe, self._devices()):
+            losses = self._evaluate_sum(closures, probe)
+        if not is_scale_free(self.recipe):
+            self._unscale()
+        self._decay_inside()
+        return losses
+
+    def _devices(self) -> set[torch.device]:
+        return {p.device for group in self.param_groups for p in group["params"]}
+
+    def _evaluate_sum(self, closures: Sequence[Closure], probe: int) -> list[Any]:
         losses: list[Any] = []
         self._weights_have_moved()
         for number, closure in enumerate(closures):
@@ -164,7 +181,6 @@ class Steps:
                     "step(): a closure of the list dropped or replaced the gradients of those before it; "
                     "leave clearing them to the optimizer. The weights are restored and no step was taken"
                 )
-        self._decay_inside()
         return losses
 
     def _evaluate(self, closure: Closure, probe: int) -> Any:
@@ -320,7 +336,7 @@ class Steps:
     @property
     def _guard(self) -> Tensor | None:
         """Not finite where the step is to be skipped, as far as the ascent has seen."""
-        return None if self._measure is None else self._measure.norm
+        return self._guarded(None if self._measure is None else self._measure.norm)
 
     def _read_gradients(self, served: Served | None = None) -> Served:
         """Let these groups take the present gradients; by default the present groups."""
