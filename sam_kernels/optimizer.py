@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from . import anticipated, combination, distributed, lookbehind, ops, perturbation, state
 from .checkpoints import Checkpoints
-from .closures import check_closures
+from .closures import check_closures, mark_left
 from .construction import (
     build_base,
     check_decay,
@@ -154,6 +154,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         self.copies_gradients = False
         self._keeps_gradients = False  # zero_grad does nothing
         self._runs_closure = False
+        self._has_warned = False
         self._slots = Slots()
         self._masks = Masks()
         self._reserved_words: dict[Tensor, Tensor] = {}
@@ -624,6 +625,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             # Of the others too: the buffers of snapshots may hold a direction by now.
             perturbation.forget(group)
             group.drop_gradients()
+        mark_left(self.param_groups)
         self._weights_have_moved()
 
     def _revalidate(self) -> None:
@@ -762,6 +764,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         self._next_masks = None
         for param_group in self.param_groups:
             param_group["sam_step"] += 1
+        mark_left(self.param_groups)
         self._weights_have_moved()
 
     def _clip(self, guard: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

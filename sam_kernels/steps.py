@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from . import combination, directions, perturbation, probing, state
+from .closures import are_dropped, warn_of_dropped
 from .combination import Held
 from .distributed import Ranks
 from .perturbation import Measure, Served
@@ -54,6 +55,8 @@ class Steps:
     _held: Held
     _held_of: Served  # the groups whose gradients are held
     _micro_batch: int
+    _has_warned: bool  # of gradients that a closure drops
+    _is_scaled: bool
     _parts: int
     _swapped: tuple[Served, combination.Lists] | None
     _had_gradients: bool
@@ -185,6 +188,10 @@ class Steps:
 
     def _evaluate(self, closure: Closure, probe: int) -> Any:
         """The gradient of one closure in place of those that are there."""
+        if probe == 0 and self._micro_batch == 0 and not self._has_warned and not self._is_scaled:
+            self._has_warned = are_dropped(self.param_groups)
+            if self._has_warned:
+                warn_of_dropped()
         self.zero_grad()
         self._clearings = 0  # none that the user has asked for
         # Under autocast around a whole step, the casts of weights that have moved since would be used again.

@@ -524,3 +524,24 @@ def a_rank_that_dies(folder: str, dies_at: int | None) -> Any:
             (Path(folder) / "done").write_text(str(step + 1))
         dist.barrier()
     return full(model)
+
+
+def scaled(kind: str, overflow: bool = False, across_ranks: str = "synced") -> Any:
+    """Under a GradScaler; with overflow, the last gradient of rank 1 is not finite in the second step."""
+    model = DistributedDataParallel(net()) if kind == "ddp" else sharded()
+    opt = optimizer(model, across_ranks=across_ranks)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    rank, world = rank_and_world()
+    taken = [full(model)]
+    for step in range(STEPS):
+        x, y = part(step, rank, world)
+        with opt.first_pass():
+            scaler.scale(loss_of(model, x, y)).backward()
+        opt.first_step(zero_grad=True)
+        is_bad = overflow and step == 1 and rank == 1
+        scaler.scale(loss_of(model, x, y) * (float("inf") if is_bad else 1.0)).backward()
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        taken.append(full(model))
+    return taken, scaler.get_scale()

@@ -192,6 +192,17 @@ def test_an_exception_in_the_second_pass_leaves_the_weights(ranks, kind):
         assert passes == 2 and apart(before, after) == 0.0
 
 
+@pytest.mark.parametrize("kind, across_ranks", [("ddp", "synced"), ("ddp", "per_rank"), ("fsdp2", "synced")])
+def test_a_scaler_changes_nothing_and_all_ranks_skip_together(ranks, kind, across_ranks):
+    world = 2 if across_ranks == "per_rank" else 1
+    for taken, scale in ranks("scaled", kind=kind, across_ranks=across_ranks):
+        assert apart(taken[-1], trained(world=world)) <= 1e-12, "eps is added to the norm of scaled gradients"
+        assert scale == 1024.0
+    for taken, scale in ranks("scaled", kind=kind, across_ranks=across_ranks, overflow=True):
+        moved = [apart(before, after) for before, after in zip(taken, taken[1:], strict=False)]
+        assert moved[1] == 0.0 and min(moved[0], *moved[2:]) > 0.0 and scale == 512.0
+
+
 def test_a_norm_of_shards_is_one_collective(ranks):
     for calls, _ in ranks("collectives_of_a_step", kind="fsdp2"):
         assert calls == [1]
