@@ -72,9 +72,9 @@ def are_dropped(param_groups: list[dict[str, Any]]) -> bool:
 def warn_of_dropped() -> None:
     """Say what becomes of gradients that were there before a closure."""
     warnings.warn(
-        "step(closure): gradients that were there before are dropped; the closure is evaluated for every pass "
-        "by itself. If they are of earlier micro-batches, the step is not that of the whole batch: give a list, "
-        "opt.step([closure, ...]), and each pass adds up all of them",
+        "step(closure): gradients that were there before are dropped; the closure is evaluated for every "
+        "pass by itself. If they are of earlier micro-batches, the step is not that of the whole batch: give "
+        "a list, opt.step([closure, ...]), and each pass adds up all of them",
         UserWarning,
         stacklevel=2,
     )
