@@ -1,4 +1,4 @@
-"""What the trainers have in common: the optimizer in its wrappers, gradients that wait for their batch's rest."""
+"""What the trainers share: the optimizer inside its wrappers, and gradients that wait for others."""
 
 from __future__ import annotations
 
