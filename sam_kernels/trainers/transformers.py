@@ -1,7 +1,7 @@
 """SAM under the Trainer of Hugging Face transformers.
 
-That Trainer calls ``optimizer.step()`` without a closure, after all backwards of the step. `SAMTrainerMixin` takes
-the gradient at the perturbed weights where the last of them has run.
+That Trainer calls ``optimizer.step()`` without a closure, after all backwards of the step. `SAMTrainerMixin`
+takes the gradient at the perturbed weights where the last of them has run.
 """
 
 from __future__ import annotations

@@ -82,13 +82,21 @@ def trainer_of(model, tmp_path, k=1, clip=0.0, cls=Trainer, **settings):
     )
 
 
+def windows(k):
+    return references.windows(list(zip(X.split(BATCH), IGNORED.split(BATCH), strict=True)), k, EPOCHS)
+
+
+def labels_in(batches):
+    return sum(int((y != -100).sum()) for _, y in batches)
+
+
 def reference(kind, k, clip, make=lambda parameters: torch.optim.SGD(parameters, lr=LR)):
     model = references.network()
     steps = []
-    for batches in references.windows(list(zip(X.split(BATCH), IGNORED.split(BATCH), strict=True)), k, EPOCHS):
-        items = sum(int((y != -100).sum()) for _, y in batches)
+    for batches in windows(k):
+        count, items = len(batches), labels_in(batches)
 
-        def part(x, y, count=len(batches), items=items):
+        def part(x, y, count=count, items=items):
             def loss():
                 if kind is Summing:
                     return cross_entropy(model(x), y, reduction="sum") / items
@@ -124,8 +132,8 @@ def test_the_plain_trainer_divides_losses_as_the_reference_does(tmp_path):
     trainer_of(model, tmp_path, 2, cls=cls).train()
     expected = references.network()
     base = torch.optim.SGD(expected.parameters(), lr=LR)
-    for batches in references.windows(list(zip(X.split(BATCH), IGNORED.split(BATCH), strict=True)), 2, EPOCHS):
-        items = sum(int((y != -100).sum()) for _, y in batches)
+    for batches in windows(2):
+        items = labels_in(batches)
         expected.zero_grad()
         for x, y in batches:
             (cross_entropy(expected(x), y, reduction="sum") / items).backward()
@@ -136,9 +144,8 @@ def test_the_plain_trainer_divides_losses_as_the_reference_does(tmp_path):
 def test_the_default_optimizer_and_a_schedule(tmp_path):
     """AdamW as the Trainer makes it, with its param groups, under a linear schedule."""
     model = Averaging()
-    trainer = trainer_of(
-        model, tmp_path, 2, optim="adamw_torch", lr_scheduler_type="linear", weight_decay=0.1, learning_rate=0.05
-    )
+    settings = {"optim": "adamw_torch", "lr_scheduler_type": "linear", "weight_decay": 0.1}
+    trainer = trainer_of(model, tmp_path, 2, learning_rate=0.05, **settings)
     trainer.train()
     steps = trainer.state.global_step
     expected = references.network()
@@ -147,9 +154,9 @@ def test_the_default_optimizer_and_a_schedule(tmp_path):
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     base = torch.optim.AdamW(groups, lr=0.05, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(base, lambda step: 1 - step / steps)
-    windows = references.windows(list(zip(X.split(BATCH), IGNORED.split(BATCH), strict=True)), 2, EPOCHS)
-    for batches in windows:
-        parts = [lambda x=x, y=y, n=len(batches): cross_entropy(expected(x), y) / n for x, y in batches]
+    for batches in windows(2):
+        count = len(batches)
+        parts = [lambda x=x, y=y, n=count: cross_entropy(expected(x), y) / n for x, y in batches]
         references.train(expected, base, [parts], rho=RHO)
         schedule.step()
     assert references.largest_difference(model.net, references.network()) > 1e-2, "nothing was trained"
