@@ -70,3 +70,26 @@ def give_gradients(held: Held) -> None:
     """Put back what `take_gradients` took; the next backward adds to it."""
     for param, grad in held:
         param.grad = grad
+
+
+def restore(optimizer: SAM) -> None:
+    """Weights back to ``w`` where the update is somebody else's; the step is over, and counts.
+
+    Example:
+        >>> import torch
+        >>> from sam_kernels import SAM
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> opt = SAM([w], torch.optim.SGD, lr=0.1)
+        >>> w.sum().backward()
+        >>> opt.first_step()
+        >>> restore(opt)
+        >>> w.data
+        tensor([1., 1.])
+    """
+    try:
+        optimizer._revalidate()
+        optimizer._restore()
+    except BaseException:
+        optimizer._abandon()
+        raise
+    optimizer._complete()

@@ -43,17 +43,25 @@ def train(
     *,
     rho: float,
     clip: float | None = None,
+    metric: Callable[[str, Tensor], Tensor | None] | None = None,
 ) -> list[Tensor]:
-    """Take SAM steps, each on the sum of the losses of its parts; return the first loss of every step."""
+    """Take SAM steps, each on the sum of the losses of its parts; return the first loss of every step.
+
+    ``e = rho T^2 g / (||T g|| + 1e-12)``, with T what `metric` says of a name and its weight, 1 for None.
+    """
     first = []
     for parts in steps:
         first.append(gradient(model, parts))
-        moved = [p for p in model.parameters() if p.grad is not None]
-        norm = torch.stack([p.grad.square().sum() for p in moved]).sum().sqrt()
+        named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+        moved = [p for _, p in named]
         kept = [p.detach().clone() for p in moved]
         with torch.no_grad():
-            for p in moved:
-                p.add_(p.grad, alpha=float(rho / (norm + 1e-12)))
+            scales = [metric(name, p) if metric else None for name, p in named]
+            scales = [torch.ones_like(p) if t is None else t for t, p in zip(scales, moved, strict=True)]
+            scaled = [t * p.grad for t, p in zip(scales, moved, strict=True)]
+            norm = torch.stack([g.square().sum() for g in scaled]).sum().sqrt()
+            for p, t, g in zip(moved, scales, scaled, strict=True):
+                p.add_(t * g, alpha=float(rho / (norm + 1e-12)))
         gradient(model, parts)
         with torch.no_grad():
             for p, w in zip(moved, kept, strict=True):
