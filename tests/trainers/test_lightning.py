@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 
 import pytest
+import ranks
 import references
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from sam_kernels import SAM
 from sam_kernels.compat import davda54
@@ -60,11 +62,16 @@ class Outputs(pl.Callback):
         self.losses.append(float(outputs["loss"]))
 
 
-def fit(module, *callbacks, precision="64-true", k=1, epochs=EPOCHS, dtype=None, **settings):
-    dtype = dtype or PRECISIONS.get(precision, torch.float32)
+def fit(module, *callbacks, precision="64-true", k=1, epochs=EPOCHS, rank=None, **settings):
+    dtype, devices, batch, sampler = PRECISIONS.get(precision, torch.float32), 1, BATCH, None
+    dataset = TensorDataset(X.to(dtype), Y)
+    if rank is not None:  # every second sample
+        devices, batch = ranks.RANKS, BATCH // ranks.RANKS
+        sampler = DistributedSampler(dataset, devices, rank, shuffle=False)
+        settings.update(strategy="ddp", use_distributed_sampler=False)
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=1,
+        devices=devices,
         max_epochs=epochs,
         accumulate_grad_batches=k,
         callbacks=list(callbacks),
@@ -75,7 +82,7 @@ def fit(module, *callbacks, precision="64-true", k=1, epochs=EPOCHS, dtype=None,
         **({"precision": precision} if precision else {}),
         **settings,
     )
-    trainer.fit(module, DataLoader(TensorDataset(X.to(dtype), Y), batch_size=BATCH))
+    trainer.fit(module, DataLoader(dataset, batch_size=batch, sampler=sampler))
     return trainer
 
 
@@ -164,6 +171,22 @@ def test_losses_are_those_of_the_first_pass(k):
     else:
         assert outputs.losses[0] == pytest.approx(float(first[0]), rel=1e-12)
         assert len(outputs.losses) == BATCHES
+
+
+def replicated(rank, k):
+    """The same training under DDP."""
+    module = Module()
+    fit(module, ours.SAMCallback(), k=k, rank=rank)
+    return [p.detach().clone() for p in module.net.parameters()]
+
+
+@pytest.mark.slow
+def test_accumulation_is_exact_on_two_ranks(tmp_path):
+    first, second = ranks.on_two(replicated, tmp_path, 2)
+    expected, _ = reference(2)
+    for mine, other, p in zip(first, second, expected.parameters(), strict=True):
+        assert torch.equal(mine, other), "the ranks differ"
+        assert float((mine - p.detach()).abs().max()) <= TOLERANCE["64-true"]
 
 
 def test_a_learning_rate_schedule_goes_on_without_warnings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import ranks
 import references
 import torch
 from torch import nn
@@ -62,12 +63,12 @@ def collate(rows):
 
 def trainer_of(model, tmp_path, k=1, clip=0.0, cls=Trainer, **settings):
     options = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": LR}
+    options["per_device_train_batch_size"] = BATCH
     keywords = {"sam": settings.pop("sam", {"rho": RHO})} if cls is Trainer else {}
     optimizers = settings.pop("optimizers", (None, None))
     args = transformers.TrainingArguments(
         output_dir=str(tmp_path),
         use_cpu=True,
-        per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=k,
         num_train_epochs=EPOCHS,
         max_grad_norm=clip,
@@ -123,6 +124,22 @@ def test_the_trainer_is_exact(kind, k, clip, tmp_path):
     if k == 1:
         logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert logged == pytest.approx([float(loss) for loss in first], abs=1e-4), "logged: that of pass one"
+
+
+def replicated(rank, folder, k):
+    """DDP: the ranks take micro-batches of two samples in turns."""
+    model = Summing()
+    trainer_of(model, folder, k, per_device_train_batch_size=BATCH // ranks.RANKS).train()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.slow
+def test_the_trainer_is_exact_on_two_ranks(tmp_path):
+    first, second = ranks.on_two(replicated, tmp_path, tmp_path, 2)
+    expected, _ = reference(Summing, 2, None)
+    for mine, other, p in zip(first, second, expected.parameters(), strict=True):
+        assert torch.equal(mine, other), "the ranks differ"
+        assert float((mine - p.detach()).abs().max()) <= 1e-13
 
 
 def test_the_plain_trainer_divides_losses_as_the_reference_does(tmp_path):
