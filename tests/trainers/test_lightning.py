@@ -105,9 +105,17 @@ def reference(k=1, precision="64-true", clip=None, epochs=EPOCHS):
     return model, first
 
 
-@pytest.mark.parametrize("with_callback", [False, True])
-@pytest.mark.parametrize("clip", [None, 0.05])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("precision", "clip", "with_callback"),
+    [
+        ("64-true", None, False),
+        ("64-true", 0.05, True),
+        ("32-true", 0.05, False),
+        ("bf16-mixed", None, True),
+        ("bf16-mixed", 0.05, False),
+        ("bf16-mixed", 0.05, True),
+    ],
+)
 def test_automatic_optimization_is_exact(precision, clip, with_callback):
     module = Module(PRECISIONS[precision])
     callbacks = [ours.SAMCallback()] if with_callback else []
@@ -118,9 +126,10 @@ def test_automatic_optimization_is_exact(precision, clip, with_callback):
     assert len(module.seen) == 2 * BATCHES * EPOCHS
 
 
-@pytest.mark.parametrize("clip", [None, 0.05])
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize(
+    ("precision", "clip", "k"),
+    [("64-true", None, 2), ("64-true", 0.05, 3), ("32-true", None, 3), ("bf16-mixed", 0.05, 2)],
+)
 def test_accumulation_is_exact_with_the_callback(k, precision, clip):
     module = Module(PRECISIONS[precision])
     trainer = fit(module, ours.SAMCallback(), k=k, precision=precision, gradient_clip_val=clip)
@@ -138,7 +147,7 @@ def test_accumulation_without_the_callback_is_another_step():
     assert references.largest_difference(module.net, expected) > 1e-2
 
 
-@pytest.mark.parametrize("recipe", ["multistep_sam", "cr_sam", "gsam", "rand_sam", "msam", "lookbehind_sam"])
+@pytest.mark.parametrize("recipe", ["cr_sam", "gsam", "rand_sam", "lookbehind_sam"])
 def test_accumulation_is_that_of_a_list_of_closures(recipe):
     """Whatever gradients a recipe wants, and wherever; the reference is one batch of the same samples."""
     module = Module(recipe=recipe)
