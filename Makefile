@@ -12,10 +12,12 @@ ifeq ($(VENV),)
 PY := $(PYTHON)
 BIN := $(dir $(shell command -v $(PYTHON)))
 READY :=
+TRAINERS :=
 else
 PY := $(VENV)/bin/python
 BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.package
+TRAINERS := $(VENV)/.trainers
 endif
 
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -25,7 +27,7 @@ NATIVE := CMakeLists.txt setup.py pyproject.toml $(CSRC)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-cpp test-python lint format bench doctor gpu-check clean
+.PHONY: help demo test test-cpp test-python test-trainers lint format bench doctor gpu-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +39,10 @@ test: lint test-cpp test-python ## lint, C++ tests (plain and under sanitizers),
 
 test-python: $(READY) ## Python tests
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# One thread each: the models are tiny, and some tests start two processes.
+test-trainers: $(TRAINERS) ## install lightning, transformers, accelerate and deepspeed, and test SAM under them
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/trainers -n 2 --dist loadfile
 
 test-cpp: $(READY) ## C++ tests, plain and under AddressSanitizer and UBSan
 	@$(call ctest_in,$$($(PLAIN_BUILD)),)
@@ -98,5 +104,10 @@ $(VENV)/.tools: pyproject.toml
 $(VENV)/.package: $(VENV)/.tools $(NATIVE)
 	@echo "building and installing sam_kernels"
 	@$(TOOLS) $(PIP) --no-build-isolation -e '.[dev,demo,bench]'
+	@touch $@
+
+$(VENV)/.trainers: $(VENV)/.package
+	@echo "installing the trainers"
+	@$(TOOLS) $(PIP) --no-build-isolation -e '.[trainers]'
 	@touch $@
 endif

@@ -1,0 +1,1 @@
+"""One small program for each trainer; seconds on a CPU, nothing is downloaded."""
