@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import masters
 from .masks import Masks
-from .perturbation import Measure
+from .perturbation import Measure, Served
 from .policies import Sparse
 from .recipe import Recipe
 from .slots import SCALARS, Slots
@@ -34,6 +36,8 @@ class Checkpoints(Optimizer):
     _check_ours: Callable[[Any, str], None]
     _adopt_group: Callable[[int], None]
     _retire_groups: Callable[[], None]
+    _groups: Callable[[], Served]
+    master_weights: bool
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and ours, in torch's own layout; never snapshots.
@@ -46,6 +50,9 @@ class Checkpoints(Optimizer):
         self._require_idle("state_dict()")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
+        if self.master_weights:
+            with torch.no_grad():
+                masters.prepare(self._groups(), self._slots)
         state_dict = self._with_ours(self.base_optimizer.state_dict())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
@@ -76,7 +83,12 @@ class Checkpoints(Optimizer):
         state_dict, words, tensors, scalars = self._without_ours(state_dict)
         self._masks.check(words)
         Slots.check(tensors, scalars)
+        masters.check_loaded(tensors, self.master_weights)
         self.base_optimizer.load_state_dict(state_dict)
+        if self.master_weights:
+            entries = state_dict["state"]
+            saved = {p: entries[n] for n, p in self._by_number(state_dict) if n in entries}
+            masters.widen_state(self.base_optimizer, saved)
         self._masks.load(words)
         self._slots.load(tensors, scalars)
         self._given = set(words)

@@ -112,6 +112,8 @@ def _disown(group: TensorGroup, backend: Backend, before: list[Any]) -> None:
 
     Torch's operators write the snapshot of a tensor before the tensor, and count it.
     """
+    if group.masters is not None:
+        return  # nothing is saved, and the rounded masters are the weights whatever was written
     group.snapshots = [
         s if then != now else None
         for s, then, now in zip(group.snapshots, before, _written(group, backend), strict=True)
@@ -128,6 +130,8 @@ def restore(served: Served) -> None:
 
 def forget(group: TensorGroup) -> None:
     """The weights of the group are no longer perturbed."""
+    if group.is_perturbed:
+        group.settle()
     group.is_perturbed = False
     group.drop_snapshots()
 

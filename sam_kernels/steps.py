@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import combination, directions, perturbation, probing, state
+from . import combination, directions, masters, perturbation, probing, state
 from .combination import Held
 from .perturbation import Measure, Served
 from .policies import (
@@ -26,6 +26,7 @@ from .policies import (
     ReuseOrthogonal,
 )
 from .recipe import Recipe
+from .rounding import Rounding, rounding_number
 from .running_stats import frozen
 from .slots import Slots
 
@@ -54,6 +55,9 @@ class Steps:
     _next_scalars: dict[str, float]
     _gate_is_closed: bool
     copies_gradients: bool
+    master_weights: bool
+    stochastic_rounding: bool
+    _ascents: int
     _groups: Callable[[], Served]
     _write_tables: Callable[[Served], None]
     _begin_masks: Callable[[Served], None]
@@ -190,6 +194,10 @@ class Steps:
         is_first = not is_further or isinstance(self.recipe.probe, RandomStart)
         if not is_further:
             self._forget_held()
+            if self.master_weights:
+                masters.prepare(served, self._slots)
+        if self.stochastic_rounding:
+            self._draw_roundings(served, is_further)
         if self.recipe.direction.needs_gradient:
             self._read_gradients(served)
         if is_first and self._keeps_first:
@@ -253,6 +261,21 @@ class Steps:
                 directions.aim_past_memory(group, backend, direction, self._slots, guard)
             return guard
         return None
+
+    def _draw_roundings(self, served: Served, is_further: bool) -> None:
+        """Let the perturbation that follows round bf16 weights at random, by bits of its own."""
+        self._ascents = self._ascents + 1 if is_further else 0
+        seed = directions.seed_of(0, self._micro_batch + (self._ascents << 20))
+        step = self.param_groups[0]["sam_step"] % (1 << 32)
+        for group, _ in served:
+            if group.dtype != torch.bfloat16:
+                continue
+            numbers = group.cache.get("rounding numbers")
+            if numbers is None:
+                places = self._numbers()
+                numbers = [rounding_number(places[p]) for p in group.params]
+                group.cache["rounding numbers"] = numbers
+            group.rounding = Rounding(seed, step, numbers)
 
     def _draw_tensors(self, served: Served) -> None:
         """Whole tensors are left out by taking their gradients away."""
