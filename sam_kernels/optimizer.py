@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import anticipated, combination, distributed, lookbehind, ops, perturbation, state
+from . import anticipated, combination, distributed, lookbehind, masters, ops, perturbation, state
 from .checkpoints import Checkpoints
 from .closures import check_closures, mark_left
 from .construction import (
@@ -39,6 +39,7 @@ from .policies import (
 )
 from .recipe import Recipe, check_adaptive, check_rho
 from .rng import Replay, check_rng
+from .rounding import check_options, warn_if_swallowed
 from .scaling import Scaling
 from .schedules import ProportionalToLr
 from .selection import Block
@@ -89,6 +90,12 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             on after the step as after one pass: of torch's default generators, on the CPU and the devices of
             the parameters. In the two-step form the first pass must then run inside `first_pass`. "advance"
             (default) lets each pass draw its own.
+        master_weights: keep an fp32 weight beside each bfloat16 or float16 parameter. That is the truth, and
+            the parameter its rounded copy: perturbed from it, restored to it, updated through it, with
+            fp32 state, in place of snapshots. Needs a base whose update is fused, and one probe. Kept in
+            checkpoints as ``sam_master``. Writes through ``p.data`` need `refresh_masters`.
+        stochastic_rounding: round perturbed bfloat16 weights up or down at random, so that their mean is
+            exact; the same bits on every backend. Weights without a bfloat16 are rounded as always.
         **base_kwargs: for the base optimizer's class, e.g. lr, momentum, weight_decay.
 
     Attributes:
@@ -132,6 +139,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         across_ranks: str = distributed.SYNCED,
         replicas: Any = None,
         rng: Literal["advance", "replay"] = "advance",
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
         **base_kwargs: Any,
     ) -> None:
         chosen = choose_recipe(recipe, rho, adaptive)
@@ -141,6 +150,11 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         self._rho_key, self._adaptive_key = own_keys(self.base_optimizer)
         check_decay(chosen, self.base_optimizer)
         check_momentum(chosen, self.base_optimizer)
+        check_options(master_weights, stochastic_rounding, self.base_optimizer.param_groups)
+        if master_weights:
+            masters.check(chosen, self.base_optimizer)
+        self.master_weights, self.stochastic_rounding = master_weights, stochastic_rounding
+        self._ascents = 0  # of the present step, beyond the first
         self.recipe = chosen
         self.backend = backend
         self.model = model
@@ -173,6 +187,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         warn_if_names_are_missing(chosen, self.param_groups, model)
         served = self._groups()  # refuses now what could not be served later
         distributed.warn_if_gathered_weights_may_stay([group for group, _ in served], model)
+        if not (master_weights or stochastic_rounding):
+            warn_if_swallowed([group for group, _ in served])
 
     # What no copy and no pickle takes along.
     _TRANSIENT = (
@@ -210,7 +226,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             base_optimizer: an instance, possibly with state already.
             recipe: as in the constructor.
             **kwargs: rho, adaptive, backend, model, allow_plain_step, max_grad_norm, across_ranks,
-                replicas, rng.
+                replicas, rng, master_weights, stochastic_rounding.
 
         Raises:
             TypeError: if base_optimizer is not an instance.
@@ -269,6 +285,9 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         last = len(self.param_groups) - 1
         try:
             check_momentum(self.recipe, self.base_optimizer)
+            check_options(self.master_weights, self.stochastic_rounding, self.param_groups[last:])
+            if self.master_weights:
+                masters.check(self.recipe, self.base_optimizer)
             self._adopt_group(last)
             self._retire_groups()
             self._groups()
@@ -581,10 +600,43 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             lines.append(f"{group!r}: {backend.name}")
             _, refusals = ops.resolve(group, self.backend)
             lines += [f"  passed over {name}: {sentence}" for name, sentence in refusals.items()]
+        if self.master_weights:
+            lines.append("bfloat16 and float16 weights: rounded from fp32 masters, no snapshots")
+        if self.stochastic_rounding:
+            lines.append("perturbed bfloat16 weights: rounded at random")
         rule, sentence = state.fused_rule(self.base_optimizer)
         how = "one pass with the restore" if rule else f"restore, then its own step: {sentence}"
         lines.append(f"base update: {how}")
         return ops.Report("\n".join(lines))
+
+    def refresh_masters(self) -> None:
+        """Look at the weights now: where one is no rounded copy of its master, the master is made from it.
+
+        For weights that were written through ``p.data``, which advances no version counter. Any other
+        write, as of `torch.nn.Module.load_state_dict`, is noticed in the next step.
+
+        Raises:
+            RuntimeError: while weights are perturbed.
+
+        Example:
+            >>> import torch
+            >>> from sam_kernels import SAM
+            >>> w = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+            >>> opt = SAM([w], torch.optim.SGD, lr=0.1, master_weights=True)
+            >>> (w**2).sum().backward()
+            >>> opt.first_step(zero_grad=True)
+            >>> (w**2).sum().backward()
+            >>> opt.second_step()
+            >>> w.data.fill_(5.0)
+            tensor([5., 5., 5.], dtype=torch.bfloat16)
+            >>> opt.refresh_masters()
+            >>> opt.state_dict()["state"][0]["sam_master"]
+            tensor([5., 5., 5.])
+        """
+        self._require_idle("refresh_masters()")
+        if self.master_weights:
+            with torch.no_grad():
+                masters.prepare(self._groups(), self._slots, anyway=True)
 
     # ---- the passes, in the order of a step ----------------------------------------------------
 
@@ -622,6 +674,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             if group.is_perturbed:
                 # Not the restore of the backend: that one may be what failed.
                 group.copy_back()
+                group.count_moved()
             # Of the others too: the buffers of snapshots may hold a direction by now.
             perturbation.forget(group)
             group.drop_gradients()
@@ -708,6 +761,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
     def _update(self, guard: Tensor | None, clip: Tensor | None = None) -> None:
         """Restore the weights, and let the base step with the present gradients times `clip`."""
         rule, _ = state.fused_rule(self.base_optimizer)
+        if self.master_weights:
+            masters.check(self.recipe, self.base_optimizer)  # a flag or a hook may have come since
         if rule is not None:
             self._descend_fused(rule, guard, clip)
             self._restore()  # what was skipped
@@ -786,6 +841,9 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
 
     def _descend_fused(self, rule: str, guard: Tensor | None, clip: Tensor | None = None) -> None:
         served = self._read_gradients()
+        if self.master_weights:
+            masters.prepare(served, self._slots)
+            masters.begin_descent(served)
         if clip is not None:
             # The factor of the fused update is a float32, too short for these.
             combination.scale([(g, b) for g, b in served if g.dtype == torch.float64], clip)
@@ -809,6 +867,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             if clip is not None and group.dtype != torch.float64:
                 factor = clip.to(group.device, torch.float32)
             backend.descend_(group, rule, slots, guard=on_device, inv_scale=factor)  # type: ignore[arg-type]
+            group.count_moved()
             perturbation.forget(group)
             state.adopt(self.base_optimizer, group, slots)
         for group, _ in served:
@@ -823,6 +882,9 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         if no_rate and self.is_due and not self._is_scaled:
             # torch's distributed checkpoint asks for a step like this to make the state exist.
             self.base_optimizer.step()
+            if self.master_weights:
+                masters.widen_state(self.base_optimizer)
+                masters.prepare(self._groups(), self._slots)
             self._reserve(group for group, _ in self._groups())
             return
         if not (self.allow_plain_step or not self.is_due):

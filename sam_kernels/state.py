@@ -142,7 +142,7 @@ def _momentum(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict
         fresh = [False] * len(buffers)
         for t in created:
             fresh[t] = True
-            buffers[t] = _empty_like(group.params[t])
+            buffers[t] = _empty_like(group.params[t], group.kept_dtype)
     group.cache["created"] = created
     return {"momentum_buffer": buffers, "fresh": fresh}
 
@@ -182,7 +182,7 @@ def _moments(
         device = group.device if beside else torch.device("cpu")
         moments["step"][t] = torch.zeros((), dtype=torch.float32, device=device)
         for name in ("exp_avg", "exp_avg_sq"):
-            moments[name][t] = torch.zeros_like(group.params[t], requires_grad=False)
+            moments[name][t] = _empty_like(group.params[t], group.kept_dtype).zero_()
     group.cache["created"] = created
     group.cache["moments"] = moments if group.has_all_grads else None
     return moments
@@ -226,9 +226,13 @@ def _fit(base: Optimizer, group: TensorGroup, name: str, tensors: list[Any]) -> 
                 f"{name} of parameter {t} has shape {tuple(tensor.shape)}; expected {tuple(param.shape)}. "
                 "The state that was loaded belongs to another model"
             )
-        if (tensor.stride(), tensor.dtype, tensor.device) == (param.stride(), param.dtype, param.device):
+        if (tensor.stride(), tensor.dtype, tensor.device) == (
+            param.stride(),
+            group.kept_dtype,
+            param.device,
+        ):
             continue
-        tensors[t] = _empty_like(param).copy_(tensor)
+        tensors[t] = _empty_like(param, group.kept_dtype).copy_(tensor)
         owner = group.owners[t]
         base.state[owner][name] = wrapped(tensors[t], owner)
     # Ids alone could be reused after a free; holding the tensors keeps them honest.
@@ -236,8 +240,8 @@ def _fit(base: Optimizer, group: TensorGroup, name: str, tensors: list[Any]) -> 
     group.cache[f"held {name}"] = list(tensors)
 
 
-def _empty_like(param: Tensor) -> Tensor:
-    return torch.empty_like(param, requires_grad=False)
+def _empty_like(param: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(param, dtype=dtype, requires_grad=False)
 
 
 def _number(value: Any) -> float | Tensor:
