@@ -1,9 +1,9 @@
 """SAM under Lightning's automatic optimization.
 
 Lightning calls ``optimizer.step(closure)``, and with ``accumulate_grad_batches=1`` in fp32 and bf16-mixed
-that is all `SAM` needs; it runs unmodified. With accumulation the closure is of the last micro-batch only, so
-both gradients would be wrong and nobody would notice; under 16-mixed there is no closure. `SAMCallback` makes
-the first right and refuses the second when training starts.
+that is all `SAM` needs; it runs unmodified. With accumulation the closure is of the last micro-batch only,
+and under 16-mixed there is none; `SAM` refuses either at the first step. `SAMCallback` makes accumulation
+right, and refuses the rest when training starts.
 """
 
 from __future__ import annotations
