@@ -11,6 +11,7 @@ from . import combination, perturbation
 from .combination import on_device
 from .perturbation import Measure, Served
 from .running_stats import frozen
+from .sharding import local
 from .steps import Closure
 from .tensor_groups import fitted
 
@@ -23,7 +24,7 @@ _SLOT = "anticipated"
 def forget(opt: SAM) -> None:
     """Before a step that does not perturb: what was anticipated is of another batch by the next."""
     for group, _ in opt._groups():
-        opt._slots.drop(_SLOT, group.params)
+        opt._slots.drop(_SLOT, group.owners)
 
 
 def evaluate(opt: SAM, closure: Closure, ahead: Closure) -> Any:
@@ -81,7 +82,7 @@ def _move_ahead(opt: SAM, served: Served) -> None:
             sign = -1.0 if own.get("maximize", False) else 1.0
             rows.append(torch.stack([1.0 - lr * decay, -sign * lr, -lr * momentum]).unsqueeze(0))
         state = opt.base_optimizer.state
-        found = [state.get(p, {}).get("momentum_buffer") for p in group.params]
+        found = [local(state.get(p, {}).get("momentum_buffer")) for p in group.owners]
         momenta = [None if v is None else fitted(v, p) for v, p in zip(found, group.params, strict=True)]
         params = group.perturbed()
         lists = [group.snapshots, opt._slots.lists(_SLOT, group), momenta]
@@ -105,7 +106,7 @@ def _combine(opt: SAM) -> None:
             # Only then the host waits: no state is made or dropped for a step that is skipped.
             new = [None if g is None or y is not None else g.clone() for g, y in zip(two, kept, strict=True)]
             opt._slots.put(_SLOT, group, new)
-            opt._slots.drop(_SLOT, [p for p, g in zip(group.params, two, strict=True) if g is None])
+            opt._slots.drop(_SLOT, [p for p, g in zip(group.owners, two, strict=True) if g is None])
         backend.combine_(group, [two], [one, two], group.constants(weights))
         combination.write_back(group, two)
         group.drop_gradients()

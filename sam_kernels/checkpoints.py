@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .bitmask import count_words
 from .masks import Masks
 from .perturbation import Measure
-from .policies import Sparse
+from .policies import Anticipated, Remembering, ReuseOrthogonal, Sparse
 from .recipe import Recipe
-from .slots import SCALARS, Slots
+from .slots import SCALARS, Slots, key_of
+from .tensor_groups import TensorGroup
 
 # Under which key of a parameter's state checkpoints hold its mask.
 _MASK = "sam_mask"
@@ -27,6 +31,7 @@ class Checkpoints(Optimizer):
     _slots: Slots
     _measure: Measure | None
     _given: set[Tensor]
+    _reserved_words: dict[Tensor, Tensor]
     _own_rho: set[int]
     _rho_key: str
     _adaptive_key: str
@@ -76,9 +81,11 @@ class Checkpoints(Optimizer):
         state_dict, words, tensors, scalars = self._without_ours(state_dict)
         self._masks.check(words)
         Slots.check(tensors, scalars)
+        self._warn_if_lost(state_dict, tensors)
         self.base_optimizer.load_state_dict(state_dict)
         self._masks.load(words)
         self._slots.load(tensors, scalars)
+        self._reserved_words = {}
         self._given = set(words)
         for index, (group, ours) in enumerate(zip(self.param_groups, kept, strict=True)):
             for key, value in ours.items():
@@ -97,11 +104,12 @@ class Checkpoints(Optimizer):
         for number, param in self._by_number(state_dict):
             own = self._slots.saved(param)
             words = self._masks.saved(param) if has_masks else None
+            words = self._reserved_words.get(param) if words is None else words
             if words is not None:
                 own = {_MASK: words, **own}
             if own:
                 entries[number] = {**entries.get(number, {}), **own}
-        groups[0] = {**groups[0], **self._slots.saved_scalars()}
+        groups[0] = {**groups[0], **self._slots.saved_scalars()}  # over the places for them, see `_scalars`
         return {**state_dict, "state": entries, "param_groups": groups}
 
     def _without_ours(
@@ -127,7 +135,57 @@ class Checkpoints(Optimizer):
                 del entries[number]
         groups[0] = dict(groups[0])
         scalars = Slots.taken(groups[0], SCALARS)
+        if groups[0].get("sam_step") == 0:
+            tensors, scalars = {}, {}  # no step has made them: they were reserved places
+        if not any(bool(mask.any()) for mask in words.values() if isinstance(mask, Tensor)):
+            words = {}  # reserved likewise: no mask selects nothing at all
         return {**state_dict, "state": entries, "param_groups": groups}, words, tensors, scalars
+
+    # note: [places in distributed checkpoints]
+    # `torch.distributed.checkpoint` loads into the entries that a state dict has, and drops all others.
+    # To get those of a new optimizer it has it take a step with lr = 0. What policies keep exists after their
+    # first real step only, so that step reserves places, which show in state dicts and nowhere else. For
+    # numbers it asks the keys of `param_groups`, so those stand there from the start.
+
+    def _reserve(self, groups: Iterable[TensorGroup]) -> None:
+        """Places for what this recipe will keep; see note [places in distributed checkpoints]."""
+        mask = self.recipe.mask
+        for group in groups:
+            self._slots.reserve(self._kept_tensors(), group)
+            if isinstance(mask, Sparse) and mask.is_stored:
+                for param, takes_part in zip(group.params, group.participates, strict=True):
+                    if takes_part and self._masks.words(param) is None:
+                        words = torch.zeros(
+                            count_words(param.numel()), dtype=torch.int64, device=group.device
+                        )
+                        self._reserved_words[param] = words
+
+    def _kept_tensors(self) -> list[str]:
+        """Names of the slots that this recipe keeps beside each parameter."""
+        recipe = self.recipe
+        names = ["ema"] * isinstance(recipe.direction, Remembering)
+        names += ["orthogonal"] * isinstance(recipe.combine, ReuseOrthogonal)
+        return names + ["anticipated"] * isinstance(recipe.probe, Anticipated)
+
+    def _warn_if_lost(self, state_dict: dict[str, Any], tensors: dict[Tensor, Any]) -> None:
+        """Say it when a checkpoint of a run that has begun holds nothing of what this recipe keeps."""
+        is_under_way = any(group.get("sam_step") for group in state_dict.get("param_groups", ()))
+        names = [key_of(name) for name in self._kept_tensors()]
+        if names and is_under_way and not tensors:
+            warnings.warn(
+                f"load_state_dict(): the checkpoint has no {' and no '.join(names)}, which recipe "
+                f"'{self.recipe.name}' keeps for each parameter; it begins anew. "
+                "StateDictOptions(flatten_optimizer_state_dict=True) loses it: leave it False",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def _scalars(self) -> dict[str, float]:
+        """What stands in the first param group for the numbers that the recipe keeps."""
+        names = dict(self.recipe.combine.first_scalars())
+        if self.recipe.cadence.needs_norm:
+            names |= {"mean": 0.0, "variance": 0.0}
+        return {key_of(name): value for name, value in names.items()}
 
     def _by_number(self, state_dict: dict[str, Any]) -> Iterator[tuple[int, Tensor]]:
         """The numbers that a state dict gives to the parameters; the base checks that the groups fit."""

@@ -1,9 +1,12 @@
-"""What `SAM.step` accepts: which closures go with which recipe."""
+"""Closures: which of them go with which recipe, and what they drop."""
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from .policies import (
     AdaptiveRatio,
@@ -62,3 +65,37 @@ def _check_whole(closure: Any) -> None:
             "step(): Lightning accumulates gradients, and its closure evaluates the last micro-batch only; "
             "add sam_kernels.trainers.lightning.SAMCallback to the Trainer's callbacks, or accumulate nothing"
         )
+
+
+# note: [gradients that a closure drops]
+# `step(closure)` clears the gradients before each pass. Those of earlier micro-batches that lie there by then
+# are lost, and training goes on with the last one's alone, which nothing else shows. So a step marks what it
+# leaves behind, on the first gradient there is, and one without the mark is of a backward pass since.
+
+
+def mark_left(param_groups: list[dict[str, Any]]) -> None:
+    """What lies there now has been used; see note [gradients that a closure drops]."""
+    grad = _first_gradient(param_groups)
+    if grad is not None:
+        grad._sam_left = True  # type: ignore[attr-defined]
+
+
+def are_dropped(param_groups: list[dict[str, Any]]) -> bool:
+    """Whether there are gradients that no step has used."""
+    grad = _first_gradient(param_groups)
+    return grad is not None and not hasattr(grad, "_sam_left")
+
+
+def warn_of_dropped() -> None:
+    """Say what becomes of gradients that were there before a closure."""
+    warnings.warn(
+        "step(closure): gradients that were there before are dropped; the closure is evaluated for every "
+        "pass by itself. If they are of earlier micro-batches, the step is not that of the whole batch: give "
+        "a list, opt.step([closure, ...]), and each pass adds up all of them",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def _first_gradient(param_groups: list[dict[str, Any]]) -> Tensor | None:
+    return next((p.grad for group in param_groups for p in group["params"] if p.grad is not None), None)

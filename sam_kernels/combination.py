@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .perturbation import Served, total_of
 from .policies import AdaptiveRatio, Combine, Decoupled, ReuseOrthogonal
+from .sharding import local
 from .slots import Slots
 from .tensor_groups import TensorGroup
 
@@ -37,10 +38,10 @@ def hold(served: Served, by_copy: bool, number: int = 0) -> Lists:
     """
     held = []
     for group, _ in served:
-        own = list(group.grads)
+        own, present = list(group.grads), group.own_gradients()
         for t, g in enumerate(own):
             # The views of a bucket, as DDP makes them, are written again by the next backward pass.
-            if g is not None and g is group.params[t].grad and (by_copy or g._is_view()):
+            if g is not None and g is present[t] and (by_copy or g._is_view()):
                 buffer = group.scratch_gradient(t, number)
                 own[t] = g.clone() if g is buffer else buffer.copy_(g)
         held.append(own)
@@ -116,9 +117,9 @@ def swap_first(served: Served, first: Lists) -> Lists:
         last.append(group.grads)
         # A tensor that has the last alone takes that; without a last one it takes no step, as in torch.
         given = [gs if gs is None or g is None else g for gs, g in zip(group.grads, own, strict=True)]
-        for p, g in zip(group.params, given, strict=True):
+        for t, (p, g) in enumerate(zip(group.owners, given, strict=True)):
             if p.grad is not None and g is not None:
-                p.grad = g if p.grad.dtype == g.dtype else g.to(p.grad.dtype)
+                group.give_gradient(t, g.to(p.grad.dtype))
         group.grads = given
     return last
 
@@ -163,13 +164,18 @@ def add_decoupled(
 
 def write_back(group: TensorGroup, grads: list[Tensor | None]) -> None:
     """Give parameters the gradients that were fitted to them before; the others hold theirs already."""
-    for p, g in zip(group.params, grads, strict=True):
-        if g is None or p.grad is None or g is p.grad:
+    for t, (g, present) in enumerate(zip(grads, group.own_gradients(), strict=True)):
+        if g is None or present is None or g is present:
             continue
-        if p.grad.layout == torch.strided:
-            p.grad.copy_(g)
+        if present.layout == torch.strided and _is_the_gradient(present, group.owners[t]):
+            present.copy_(g)
         else:
-            p.grad = g
+            group.give_gradient(t, g)
+
+
+def _is_the_gradient(grad: Tensor, owner: Tensor) -> bool:
+    """Whether what is written into a local gradient is written into its parameter's."""
+    return local(owner.grad) is grad
 
 
 def _keep_orthogonal(
@@ -187,7 +193,7 @@ def _keep_orthogonal(
     changes = [has != (v is not None) for has, v in zip(both, before, strict=True)]
     if any(changes) and not bool(is_safe):
         return  # no state is made or dropped for a step that is skipped; the host waits only here
-    slots.drop(_ORTHOGONAL, [p for p, has in zip(group.params, both, strict=True) if not has])
+    slots.drop(_ORTHOGONAL, [p for p, has in zip(group.owners, both, strict=True) if not has])
     outs = [
         None if not has else (torch.empty_like(p, requires_grad=False) if v is None else v)
         for p, v, has in zip(group.params, before, both, strict=True)
@@ -219,8 +225,10 @@ def _dots(served: Served, lists: list[Lists], per_tensor: bool) -> list[Any]:
         for (group, backend), own in zip(served, lists, strict=True)
     ]
     if not per_tensor:
-        total = total_of(found)
+        total = total_of(served, found)
         found = [total.to(group.device) for group, _ in served]
+    else:
+        found = [group.sharding.sum(each) for (group, _), each in zip(served, found, strict=True)]
     count = len(lists[0])
     matrices = []
     for triangle in found:
@@ -288,17 +296,17 @@ def add(served: Served, total: Lists, grads: Lists, number: int) -> Lists:
 def give_back(served: Served, grads: Lists) -> None:
     """Give parameters the gradients that were theirs before others were swapped in."""
     for (group, _), own in zip(served, grads, strict=True):
-        for p, g in zip(group.params, own, strict=True):
+        for t, (p, g) in enumerate(zip(group.owners, own, strict=True)):
             if g is not None and p.grad is not None and g.dtype == p.grad.dtype:
-                p.grad = g
+                group.give_gradient(t, g)
         group.drop_gradients()
 
 
 def give(served: Served, grads: Lists) -> None:
     """Make these the parameters' gradients."""
     for (group, _), own in zip(served, grads, strict=True):
-        for p, g in zip(group.params, own, strict=True):
-            p.grad = g
+        for t, g in enumerate(own):
+            group.give_gradient(t, g)
 
 
 def add_decay(served: Served, param_groups: list[dict[str, Any]], share: float = 1.0) -> None:

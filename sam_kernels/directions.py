@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from .backends import Backend
 from .policies import Direction, Momentum, Noise, Remembering
+from .sharding import local
 from .slots import Slots
 from .tensor_groups import TensorGroup, fitted
 
@@ -36,12 +37,12 @@ def aim_at_noise(
 
 def aim_at_momentum(group: TensorGroup, base: Optimizer) -> None:
     """``d = v``, the base optimizer's momentum; the sign is that of `sign_of`."""
-    entries = [base.state.get(p, {}) for p in group.params]
+    entries = [base.state.get(p, {}) for p in group.owners]
     found = [
         next((entry[name] for name in _MOMENTA if entry.get(name) is not None), None) for entry in entries
     ]
-    pairs = zip(found, group.params, strict=True)
-    group.aim([fitted(v, p) if v is not None and p.requires_grad else None for v, p in pairs])
+    triples = zip(found, group.params, group.owners, strict=True)
+    group.aim([fitted(local(v), p) if v is not None and o.requires_grad else None for v, p, o in triples])
 
 
 def aim_past_memory(
@@ -90,6 +91,12 @@ _NOISE = 1 << 31
 def noise_number(number: int) -> int:
     """The number of a tensor for its noise, from its place among all parameters."""
     return _NOISE + number
+
+
+def own_numbers(group: TensorGroup, numbers: dict[Tensor, int]) -> list[int]:
+    """By tensor, a number for its random numbers; parts of one on different ranks have different ones."""
+    beyond = group.sharding.index() * len(numbers) if group.sharding.groups else 0
+    return [numbers[p] + beyond for p in group.owners]
 
 
 def seed_of(seed: int, micro_batch: int) -> int:

@@ -71,7 +71,7 @@ def _step_base(opt: SAM, served: Served, base: Lists) -> None:
     """Let the base step from where it stands, by the gradients of where the ascent stands."""
     _exchange(served, base)
     for group, _ in served:
-        for p, s in zip(group.params, group.snapshots, strict=True):
+        for p, s in zip(group.owners, group.snapshots, strict=True):
             if s is None:
                 p.grad = None  # what was not perturbed takes no part in this step
     kept: Lists = []
@@ -87,9 +87,9 @@ def _step_base(opt: SAM, served: Served, base: Lists) -> None:
     finally:
         _exchange(served, base)
     for (group, _), own in zip(served, kept, strict=False):
-        for p, g in zip(group.params, own, strict=True):
-            if g is not None and p.grad is not None:
-                p.grad.copy_(g)
+        for g, present in zip(own, group.own_gradients(), strict=True):
+            if g is not None and present is not None:
+                present.copy_(g)
 
 
 def _exchange(served: Served, base: Lists) -> None:
@@ -104,7 +104,7 @@ def _share(group: Any, backend: Any, base: list[Tensor | None], first: list[Tens
     whole = group.scratch_like(base)
     backend.combine_(group, [first], [first, group.snapshots], minus)
     backend.combine_(group, [whole], [base, group.snapshots], minus)
-    dots = backend.grad_stats(group, [first, whole], per_tensor=True)
+    dots = group.sharding.sum(backend.grad_stats(group, [first, whole], per_tensor=True))
     lengths = (dots[:, 0] * dots[:, 2]).sqrt()
     cosine = torch.where(lengths == 0, 0.0, dots[:, 1] / lengths)
     return (cosine + 1) / 2

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .bitmask import WORD, Layout, count_bits, count_words, pack, relay, unpack_from
+from .directions import own_numbers
 from .perturbation import Served
 from .policies import Dynamic, TopScores
 from .ranks import Ranks
@@ -23,6 +24,7 @@ from .selection import (
     select_channels,
     select_groups,
 )
+from .sharding import local
 from .tensor_groups import TensorGroup
 
 # Steps of the random numbers: two for every step of the optimizer, and one that no step reaches.
@@ -60,9 +62,12 @@ class Masks:
     def __getitem__(self, param: Tensor) -> Tensor:
         """The mask of a parameter as a bool tensor of its shape; all True where it is dense.
 
+        Of a parameter that is spread over ranks it is that of the local part.
+
         Raises:
             KeyError: if the optimizer has no such parameter.
         """
+        param = local(param)
         for group, _ in self._places:
             for candidate, takes_part in _participants(group):
                 if candidate is not param:
@@ -211,7 +216,7 @@ class Masks:
             views = [
                 view if takes else None for view, takes in zip(block.views, group.participates, strict=True)
             ]
-            own = Ranks(seed=seed, step=step % _STEPS, numbers=[numbers[p] for p in group.params])
+            own = Ranks(seed=seed, step=step % _STEPS, numbers=own_numbers(group, numbers))
             backend.mark_(group, own, views, threshold=threshold - 1, shift=0)
             for param, words in zip(group.params, views, strict=True):
                 if words is not None and param not in self._words:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import anticipated, combination, lookbehind, ops, perturbation, state
+from . import anticipated, combination, distributed, lookbehind, ops, perturbation, state
 from .checkpoints import Checkpoints
-from .closures import check_closures
+from .closures import check_closures, mark_left
 from .construction import (
     build_base,
     check_decay,
@@ -38,8 +38,11 @@ from .policies import (
     Sparse,
 )
 from .recipe import Recipe, check_adaptive, check_rho
+from .rng import Replay, check_rng
+from .scaling import Scaling
 from .schedules import ProportionalToLr
 from .selection import Block
+from .sharding import flat_shardings
 from .slots import Slots
 from .steps import Closure, Steps
 from .tensor_groups import FIXED, collect, lives_on_device
@@ -48,7 +51,7 @@ from .tensor_groups import FIXED, collect, lives_on_device
 _IDLE, _PERTURBED, _NOT_DUE, _RESTORED = "idle", "perturbed", "not due", "restored"
 
 
-class SAM(Steps, MaskUpdates, Checkpoints):
+class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
     """Sharpness-aware minimization around a base optimizer.
 
     A step is: gradient at ``w``; ``w + e`` with ``e = rho T^2 g / (||T g|| + eps)``; gradient there;
@@ -67,13 +70,25 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             from ``adaptive=True`` elsewhere); the authors' ASAM is ``recipe="asam"``.
         recipe: a `Recipe`, a name from `recipes.names()`, or None for plain SAM.
         backend: "auto", or the name of a backend that must serve (see `backends()`).
-        model: the module the parameters belong to. Gives recipes names and layers, and lets
-            ``step(closure)`` freeze normalization statistics in every pass but the first.
+        model: the module the parameters belong to. Gives recipes names and layers, lets
+            ``step(closure)`` freeze normalization statistics in every pass but the first, and under
+            `fully_shard` has what was gathered of weights that have moved gathered anew.
         allow_plain_step: let ``step()`` with nothing pending be a step of the base optimizer alone.
         max_grad_norm: scale the gradient that the base gets, after all gradients of the step are combined, to
             at most this norm over all parameters, as `torch.nn.utils.clip_grad_norm_` does; a norm that is
             not finite skips the step. Where the base's update is fused, ``.grad`` stays as it is. None for
             not.
+        across_ranks: under `DistributedDataParallel`, "synced" for one perturbation of all ranks, that of the
+            whole batch, or "per_rank" for one along each rank's own gradient (m-sharpness): ``step(closure)``
+            then averages the last pass alone, and in the two-step form forward and backward of the first
+            go inside ``with opt.first_pass():``. Needs the wrapped module as `model`.
+        replicas: the process group, or mesh of one dimension, over which modules are replicated that
+            `fully_shard` has spread over another mesh. Gradients are then averaged over it here, which lets
+            each group of shards perturb for itself ("per_rank").
+        rng: "replay" gives every pass of a step the random numbers of its first, dropout masks say, and goes
+            on after the step as after one pass: of torch's default generators, on the CPU and the devices of
+            the parameters. In the two-step form the first pass must then run inside `first_pass`. "advance"
+            (default) lets each pass draw its own.
         **base_kwargs: for the base optimizer's class, e.g. lr, momentum, weight_decay.
 
     Attributes:
@@ -114,6 +129,9 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         model: nn.Module | None = None,
         allow_plain_step: bool = False,
         max_grad_norm: float | None = None,
+        across_ranks: str = distributed.SYNCED,
+        replicas: Any = None,
+        rng: Literal["advance", "replay"] = "advance",
         **base_kwargs: Any,
     ) -> None:
         chosen = choose_recipe(recipe, rho, adaptive)
@@ -128,13 +146,18 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         self.model = model
         self.allow_plain_step = allow_plain_step
         self.max_grad_norm = check_max_norm(max_grad_norm, chosen)
+        self.ranks = distributed.ranks_of(across_ranks, chosen, model, replicas)
+        self.rng = check_rng(rng, chosen)
         self._phase = _IDLE
         self._forget_transients()
         self._micro_batch, self._parts = 0, 1
         self.copies_gradients = False
         self._keeps_gradients = False  # zero_grad does nothing
+        self._runs_closure = False
+        self._has_warned = False
         self._slots = Slots()
         self._masks = Masks()
+        self._reserved_words: dict[Tensor, Tensor] = {}
         self._given: set[Tensor] = set()  # parameters whose masks the recipe was asked for
         self._had_gradients = False  # in the first pass of the pending step
         self._clearings = 0  # how often gradients were cleared since then
@@ -148,7 +171,8 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         for index in range(len(self.param_groups)):
             self._adopt_group(index)
         warn_if_names_are_missing(chosen, self.param_groups, model)
-        self._groups()  # refuses now what could not be served later
+        served = self._groups()  # refuses now what could not be served later
+        distributed.warn_if_gathered_weights_may_stay([group for group, _ in served], model)
 
     # What no copy and no pickle takes along.
     _TRANSIENT = (
@@ -162,6 +186,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         "_next_scalars",
         "_gate_is_closed",
         "_swapped",
+        "_replay",
     )
 
     def _forget_transients(self) -> None:
@@ -175,6 +200,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         self._next_scalars: dict[str, float] = {}  # likewise
         self._gate_is_closed = False
         self._swapped: tuple[Served, combination.Lists] | None = None
+        self._replay = Replay()
 
     @classmethod
     def wrap(cls, base_optimizer: Optimizer, recipe: Recipe | str | None = None, **kwargs: Any) -> SAM:
@@ -183,7 +209,8 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         Args:
             base_optimizer: an instance, possibly with state already.
             recipe: as in the constructor.
-            **kwargs: rho, adaptive, backend, model, allow_plain_step, max_grad_norm.
+            **kwargs: rho, adaptive, backend, model, allow_plain_step, max_grad_norm, across_ranks,
+                replicas, rng.
 
         Raises:
             TypeError: if base_optimizer is not an instance.
@@ -261,6 +288,9 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         # counts attempts: a step skipped for a gradient that is not finite counts too, since knowing
         # better would take a read-back from the device in every step.
         group.setdefault("sam_step", self.param_groups[0].get("sam_step", 0))
+        if index == 0:
+            for key, value in self._scalars().items():
+                group.setdefault(key, value)
         self._check_ours(group, where)
 
     def _check_ours(self, group: Any, where: str) -> None:
@@ -302,6 +332,12 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         optimizer's ``zero_grad``, which does nothing there. With `m_sharpness` every part has a perturbation
         of its own, and the resulting gradients are added up.
 
+        Under a `torch.amp.GradScaler` call ``scaler.step(opt)`` after `first_step` and the second scaled
+        backward: weights are restored in every case, and updated with unscaled gradients unless one is not
+        finite. Recipes that take more from the first gradient than its direction must know the scale sooner
+        and say so; ``scaler.step(opt, closure)`` serves all, after a backward of its own for the scaler to
+        look at. An overflow inside the closure skips the step, and the scaler does not hear of it.
+
         Args:
             closure: recomputes the loss, calls backward and returns the loss; or a list of such functions.
             ahead: the closure of the next batch, for recipes that look ahead (`recipes.sampa`).
@@ -312,11 +348,12 @@ class SAM(Steps, MaskUpdates, Checkpoints):
 
         Raises:
             TypeError: for a closure that is no function, or keywords that do not go with the recipe.
-            RuntimeError: for a step() with nothing pending that would silently not be SAM, or a
-                step(closure) in the middle of a two-step.
+            RuntimeError: for a step() with nothing pending that would silently not be SAM, a step(closure)
+                in the middle of a two-step, or scaled gradients that could not be unscaled.
         """
         check_closures(self.recipe, closure, ahead, m_sharpness)
         was_idle = self._phase == _IDLE
+        self._runs_closure = closure is not None
         try:
             return self._step(closure, ahead=ahead, m_sharpness=m_sharpness)
         except BaseException:
@@ -325,6 +362,8 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             if closure is None or was_idle:
                 self._abandon()
             raise
+        finally:
+            self._runs_closure = False
 
     # Tells torch.optim.Optimizer that the hooks are called already: `_step` below is the hooked one.
     step.hooked = True  # type: ignore[attr-defined]
@@ -342,11 +381,13 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             if self._phase == _IDLE:
                 self._plain_step()
             else:
+                self._meet_scaler(is_pending=True, is_decayed=self._phase == _RESTORED)
                 if self._phase != _RESTORED:  # there it was added while the weights were perturbed
                     self._decay_inside()
                 self._descend()
             return None
         self._require_idle("step(closure)")
+        self._require_scale()
         probe, is_due = self.recipe.probe, self.is_due
         if callable(closure) and is_due and isinstance(probe, Anticipated):
             loss = anticipated.evaluate(self, closure, ahead)  # type: ignore[arg-type]
@@ -384,6 +425,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
                 "first_step/second_step serve one-probe recipes"
             )
         if self.recipe.direction.needs_gradient:
+            self._require_first_pass()
             self._decay_inside()
         if self.is_due and self._passes_gate():
             self._ascend(by_copy=not zero_grad)
@@ -393,6 +435,49 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             self.zero_grad()
         if self._phase == _PERTURBED and not self.recipe.direction.needs_gradient:
             self._had_gradients, self._clearings = True, 0  # the only ones are to come
+        self._replay.begin()
+
+    @contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """Around the first pass of the two-step form, forward and backward, where the optimizer is to know of
+        it.
+
+        With ``rng="replay"`` random numbers are those of this block again, from `first_step` to the end of
+        the step, or of the block of `perturbed`. With ``across_ranks="per_rank"`` gradients are not averaged
+        inside; a backward pass alone in it would be averaged all the same, for torch decides it in the
+        forward pass. ``step(closure)`` needs no such block.
+
+        Raises:
+            RuntimeError: in the middle of a step.
+
+        Example:
+            >>> import torch
+            >>> from sam_kernels import SAM
+            >>> w = torch.nn.Parameter(torch.ones(3))
+            >>> opt = SAM([w], torch.optim.SGD, lr=0.1, rng="replay")
+            >>> with opt.first_pass():
+            ...     (torch.dropout(w, 0.5, train=True) ** 2).sum().backward()
+            >>> opt.first_step(zero_grad=True)
+            >>> (torch.dropout(w, 0.5, train=True) ** 2).sum().backward()
+            >>> opt.step()
+        """
+        self._require_idle("first_pass()")
+        if self.rng == "replay":
+            self._replay.note(self._devices())
+        try:
+            with self.ranks.averaging(self._averages(0)):
+                yield
+        except BaseException:
+            self._replay.forget()
+            raise
+
+    def _require_first_pass(self) -> None:
+        if self.rng == "replay" and not self._replay.has_first:
+            raise RuntimeError(
+                "first_step(): rng='replay' repeats the random numbers of the first pass, and where that "
+                "began is not known; run its forward and backward inside `with opt.first_pass():`, or use "
+                "step(closure)"
+            )
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Descent step: restore the weights and let the base step with the present gradients.
@@ -440,6 +525,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
                 self._decay_inside()
                 self._restore()
                 self._phase = _RESTORED
+            self._replay.forget()
         except BaseException:
             self._abandon()
             raise
@@ -448,7 +534,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         """Clear the gradients, as in `torch.optim`.
 
         Between `first_step` and `step`, after the second backward, this gives the step up: ``step()``
-        then restores the weights and updates nothing. Do so where a GradScaler has skipped a step.
+        then restores the weights and updates nothing. A GradScaler needs no such thing.
 
         Args:
             set_to_none: drop the gradients in place of writing zeros.
@@ -504,6 +590,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
 
     def _begin_perturbed(self) -> None:
         self._begin(_PERTURBED)
+        self._weights_have_moved()
 
     def _begin(self, phase: str) -> None:
         """From here on a step is pending."""
@@ -517,11 +604,13 @@ class SAM(Steps, MaskUpdates, Checkpoints):
     def _restore(self) -> None:
         with torch.no_grad():
             perturbation.restore(self._perturbed_groups())
+        self._weights_have_moved()
 
     @torch.no_grad()
     def _abandon(self) -> None:
         """Weights back, nothing pending, nothing remembered: the end of every step that failed."""
         self._phase = _IDLE
+        self._replay.forget()
         self._measure = None
         self._next_masks = None
         self._next_scalars = {}
@@ -536,6 +625,8 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             # Of the others too: the buffers of snapshots may hold a direction by now.
             perturbation.forget(group)
             group.drop_gradients()
+        mark_left(self.param_groups)
+        self._weights_have_moved()
 
     def _revalidate(self) -> None:
         """Before perturbed weights are written again: they must still be what was perturbed.
@@ -552,7 +643,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
                 all_fit = all(map(group.fits, range(len(group.params))))
                 restored = "The weights are restored" if all_fit else "All others are restored, it cannot be,"
                 raise RuntimeError(
-                    f"{self._place(group.params[t])} {group.describe_change(t)}: it changed while the "
+                    f"{self._place(group.owners[t])} {group.describe_change(t)}: it changed while the "
                     f"weights were perturbed. {restored} and no step was taken; cast, move and reshape "
                     "parameters between steps"
                 )
@@ -561,7 +652,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             return
         present = {id(p) for group in self.param_groups for p in group["params"]}
         for group, _ in served:
-            for param in group.params:
+            for param in group.owners:
                 if id(param) not in present:
                     raise RuntimeError(
                         f"a parameter of shape {tuple(param.shape)} was replaced in param_groups, or "
@@ -582,8 +673,8 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         """Restore and update; from here on the step either completes or leaves the weights restored."""
         self._adopt_strays()
         is_pending = self._phase != _IDLE
-        guard = self._guard if is_pending else None
         try:
+            shared = self.ranks.share(self._guard)  # before a rank by itself can raise
             self._revalidate()
             is_lost = is_pending and self._had_gradients and not self._has_gradients()
             # Cleared once more than there were passes before means that this one was given up on purpose.
@@ -594,14 +685,16 @@ class SAM(Steps, MaskUpdates, Checkpoints):
                     f"step(): no parameter has a gradient{which}. The weights are restored and nothing was "
                     f"updated; call backward(){' again' if has_first else ''} between first_step() and step()"
                 )
-            after, clip = None, None
+            after, clip, guard = None, None, shared
             if not is_lost:
+                self._look_at_last()
+                guard = shared if self.ranks.are_apart else self._guard
                 after = self._swap_gradients()
                 self._combine_gradients()
                 if not self.is_due or self._gate_is_closed:
                     self._reuse_gradients()
                 clip, guard = self._clip(guard)
-            if guard is not None and not self.recipe.direction.needs_gradient:
+            if guard is not None and is_pending and not self.recipe.direction.needs_gradient:
                 # No gradient has been looked at yet.
                 guard = guard + perturbation.squares(self._read_gradients()).to(guard.device)
             self._update(guard, clip)
@@ -656,10 +749,13 @@ class SAM(Steps, MaskUpdates, Checkpoints):
     def _complete(self, is_lost: bool = False) -> None:
         """The step is over: nothing is pending, and it counts."""
         self._phase = _IDLE
+        self._replay.forget()
         self._measure = None
         for group, _ in [*(self._served or []), *self._held_of]:
             group.drop_gradients()  # held on to, they would outlive `zero_grad` and the next backward
         self._forget_held()
+        self._slots.clear_reserved()
+        self._reserved_words = {}
         self._slots.scalars.update(self._next_scalars)
         self._next_scalars = {}
         self._gate_is_closed = False
@@ -668,14 +764,25 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         self._next_masks = None
         for param_group in self.param_groups:
             param_group["sam_step"] += 1
+        mark_left(self.param_groups)
+        self._weights_have_moved()
 
     def _clip(self, guard: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """``min(1, max_grad_norm / (||d|| + 1e-6))``, None without a bound, and a guard that minds it."""
-        if self.max_grad_norm is None or not self._groups():
-            return None, guard
+        """``min(1, max_grad_norm / (||d|| + 1e-6)) / scale``, None for 1, and a guard that minds it.
+
+        d is unscaled; without a bound the minimum is 1.
+        """
+        scale = self._scale_left
+        factor = None if scale is None else scale.reciprocal()
+        if (self.max_grad_norm is None and not self._checks_base) or not self._groups():
+            return factor, guard
         norm = perturbation.squares(self._read_gradients()).sqrt()
-        factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        return factor, norm if guard is None else guard + norm.to(guard.device)
+        guard = norm if guard is None else guard + norm.to(guard.device)
+        if self.max_grad_norm is None:
+            return factor, guard
+        size = norm if factor is None else norm * factor.to(norm.device)
+        clip = (self.max_grad_norm / (size + 1e-6)).clamp(max=1.0)
+        return clip if factor is None else clip * factor.to(clip.device), guard
 
     def _descend_fused(self, rule: str, guard: Tensor | None, clip: Tensor | None = None) -> None:
         served = self._read_gradients()
@@ -713,9 +820,10 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         lrs = [group.get("lr") for group in self.param_groups]
         # A rate on the device is not waited for: it is a schedule's, and not that zero.
         no_rate = all(lr is not None and not lives_on_device(lr) and float(lr) == 0.0 for lr in lrs)
-        if no_rate and self.is_due:
+        if no_rate and self.is_due and not self._is_scaled:
             # torch's distributed checkpoint asks for a step like this to make the state exist.
             self.base_optimizer.step()
+            self._reserve(group for group, _ in self._groups())
             return
         if not (self.allow_plain_step or not self.is_due):
             raise RuntimeError(
@@ -726,6 +834,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             )
         if isinstance(self.recipe.probe, Anticipated):
             anticipated.forget(self)  # what was anticipated is behind after this step
+        self._meet_scaler(is_pending=False, is_decayed=False)
         self._decay_inside()
         self._descend()
 
@@ -746,7 +855,9 @@ class SAM(Steps, MaskUpdates, Checkpoints):
         for index, param_group in enumerate(self.param_groups):
             self._check_ours(param_group, f"param_groups[{index}]")
         member_of = member_lookup(self.param_groups, self.model)
-        groups = collect(self.param_groups, self.recipe, member_of, self._adaptive_key)
+        shardings = flat_shardings(self.model)
+        groups = collect(self.param_groups, self.recipe, member_of, self._adaptive_key, shardings)
+        distributed.check_sharded(self.recipe, groups)
         if groups and all(metric == FIXED for group in groups for _, metric, _ in group.keys):
             raise ValueError(
                 f"recipe '{self.recipe.name}' selects none of the parameters; nothing would be perturbed"
@@ -804,7 +915,7 @@ class SAM(Steps, MaskUpdates, Checkpoints):
             tensor_group.write_table(rows)
 
     def _require_idle(self, what: str) -> None:
-        give_up = "or, to give it up as after a step that GradScaler skipped, zero_grad() and then step()"
+        give_up = "or, to give the step up, zero_grad() and then step()"
         if self._phase == _PERTURBED:
             raise RuntimeError(
                 f"{what}: the weights are perturbed by first_step(); call second_step() or step() first, "

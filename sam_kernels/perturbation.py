@@ -12,6 +12,7 @@ from torch import Tensor
 from .ops import Backend, take_root
 from .policies import LayerWise, Sparse
 from .recipe import Recipe
+from .sharding import Sharding
 from .tensor_groups import TensorGroup
 
 Served = list[tuple[TensorGroup, Backend]]
@@ -52,7 +53,7 @@ def squares(served: Served, grads: list[list[Tensor | None]] | None = None) -> T
     """
     lists = [group.grads for group, _ in served] if grads is None else grads
     pairs = zip(served, lists, strict=True)
-    return total_of([backend.grad_stats(group, [own])[0] for (group, backend), own in pairs])
+    return total_of(served, [backend.grad_stats(group, [own])[0] for (group, backend), own in pairs])
 
 
 def _measure(served: Served, recipe: Recipe) -> Measure:
@@ -65,10 +66,10 @@ def _measure(served: Served, recipe: Recipe) -> Measure:
         return Measure(_norm(served, [of for _ in served], root=2.0), [{} for _ in served])
     if math.isinf(metric.p):
         # The sign needs no norm; the pass is made for its finite check, see promise 3 in the tests.
-        norm = _largest([backend.sq_norm(group, moment="peak", **of) for group, backend in served])
+        norm = _largest(served, [backend.sq_norm(group, moment="peak", **of) for group, backend in served])
         return Measure(norm, [{"shape": "sign"} for _ in served])
     q = metric.dual
-    peak = _largest([backend.sq_norm(group, moment="peak", **of) for group, backend in served])
+    peak = _largest(served, [backend.sq_norm(group, moment="peak", **of) for group, backend in served])
     peaks = [peak.to(group.device) for group, _ in served]
     # Dividing by the peak keeps the powers in range; eq. 2 of Foret et al. does not change under scaling.
     powers = [{"moment": "power", "q": q, "peak": on_device, **of} for on_device in peaks]
@@ -133,13 +134,17 @@ def forget(group: TensorGroup) -> None:
 
 
 def _measure_layers(served: Served, metric: LayerWise, eps: float, of: dict[str, Any]) -> Measure:
-    grad_sqs = [backend.sq_norm(group, per_tensor=True, **of) for group, backend in served]
-    weight_sqs = [backend.sq_norm(group, of="weight", per_tensor=True) for group, backend in served]
+    grad_sqs = [
+        group.sharding.sum(backend.sq_norm(group, per_tensor=True, **of)) for group, backend in served
+    ]
+    weight_sqs = [
+        group.sharding.sum(backend.sq_norm(group, of="weight", per_tensor=True)) for group, backend in served
+    ]
     parts = [
         (metric.norm_weights(weight_sq, group.applies()) * grad_sq).sum()
         for (group, _), weight_sq, grad_sq in zip(served, weight_sqs, grad_sqs, strict=True)
     ]
-    norm = total_of(parts).sqrt()
+    norm = _added(parts).sqrt()  # over all ranks already, tensor by tensor
     return Measure(
         norm,
         [
@@ -154,23 +159,43 @@ def _measure_layers(served: Served, metric: LayerWise, eps: float, of: dict[str,
 
 
 def _norm(served: Served, arguments: list[dict[str, Any]], root: float) -> Tensor:
-    """The root of the sums over all groups; where there is one group, its pass takes the root too."""
-    if len(served) == 1:
+    """The root of the sums over all groups; where there is one whole group, its pass takes the root too."""
+    if len(served) == 1 and not served[0][0].sharding.groups:
         group, backend = served[0]
         return backend.sq_norm(group, root=root, **arguments[0])
     sums = [backend.sq_norm(group, **own) for (group, backend), own in zip(served, arguments, strict=True)]
-    return take_root(total_of(sums), root)
+    return take_root(total_of(served, sums), root)
 
 
-def total_of(sums: list[Tensor]) -> Tensor:
-    """The sum of what the groups found, on the device of the first."""
-    total = sums[0]
-    for part in sums[1:]:
+def total_of(served: Served, sums: list[Tensor]) -> Tensor:
+    """The sum of what the groups found, each element of a parameter counted once however it is spread.
+
+    On the device of the first group. One collective for each set of process groups, whatever the number of
+    tensors and groups; every rank takes part in each, also where it holds no element.
+    """
+    return _added([sharding.sum(_added(parts)) for sharding, parts in _by_sharding(served, sums)])
+
+
+def _largest(served: Served, peaks: list[Tensor]) -> Tensor:
+    return _most([sharding.max(_most(parts)) for sharding, parts in _by_sharding(served, peaks)])
+
+
+def _by_sharding(served: Served, parts: list[Tensor]) -> list[tuple[Sharding, list[Tensor]]]:
+    """In the order in which the groups bring them, which is the same on all ranks."""
+    found: dict[Sharding, list[Tensor]] = {}
+    for (group, _), part in zip(served, parts, strict=True):
+        found.setdefault(group.sharding, []).append(part)
+    return list(found.items())
+
+
+def _added(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
         total = total + part.to(total.device)
     return total
 
 
-def _largest(peaks: list[Tensor]) -> Tensor:
+def _most(peaks: list[Tensor]) -> Tensor:
     largest = peaks[0]
     for peak in peaks[1:]:
         largest = torch.maximum(largest, peak.to(largest.device))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .directions import noise_number, seed_of
+from .directions import noise_number, own_numbers, seed_of
 from .perturbation import Measure, Served, total_of
 from .policies import RandomStart
 from .tensor_groups import Column
@@ -49,7 +49,7 @@ def project(served: Served, step: float) -> None:
         radii = (group.table[group.row_index(), Column.RHO] / step).square()
         parts.append(torch.where(squares == 0, 0.0, squares / radii).sum())
         displacements.append(away)
-    shrink = total_of(parts).clamp(min=1.0).rsqrt()
+    shrink = total_of(served, parts).clamp(min=1.0).rsqrt()
     for (group, backend), away in zip(served, displacements, strict=True):
         c = shrink.to(group.device)
         coefficients = torch.stack([torch.ones_like(c), c]).unsqueeze(0)
@@ -72,10 +72,10 @@ def start_at_random(
         group.take_snapshots()
         group.drop_gradients()
         noise = group.scratch_like(group.snapshots)
-        own = [noise_number(numbers[p]) for p in group.params]
+        own = [noise_number(n) for n in own_numbers(group, numbers)]
         backend.noise_(group, noise, seed_of(policy.seed, micro_batch), step % (1 << 32), own)
         params = group.perturbed()
-        dots = backend.grad_stats(group, [params, noise], per_tensor=True)
+        dots = group.sharding.sum(backend.grad_stats(group, [params, noise], per_tensor=True))
         lengths = policy.noise * (dots[:, 0] / dots[:, 2]).sqrt()
         lengths = torch.where(torch.isfinite(lengths), lengths, 0.0)
         coefficients = torch.stack([torch.ones_like(lengths), lengths], dim=1).unsqueeze(1)

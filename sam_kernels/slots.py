@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sharding import local, wrapped
 from .tensor_groups import TensorGroup
 
 _PREFIX = "sam_"
@@ -19,8 +20,15 @@ SCALARS = ("lambda", "previous_norm", "mean", "variance")
 """The numbers there may be, under ``sam_<name>`` in the first param group of a checkpoint."""
 
 
+def key_of(name: str) -> str:
+    """The key of a slot in a checkpoint."""
+    return _PREFIX + name
+
+
 class Slots:
     """Tensors by name and parameter, and numbers by name; in checkpoints, never in `Optimizer.state`.
+
+    Of a parameter that is spread over ranks they are local tensors here, and DTensors in checkpoints.
 
     Base optimizers take state of any kind for their own, and would not create what they miss in it.
     """
@@ -28,6 +36,7 @@ class Slots:
     def __init__(self) -> None:
         self.tensors: dict[str, dict[Tensor, Tensor]] = {}
         self.scalars: dict[str, Any] = {}
+        self._reserved: dict[str, dict[Tensor, Tensor]] = {}  # see `reserve`
 
     # ---- tensors -------------------------------------------------------------------------------
 
@@ -36,7 +45,7 @@ class Slots:
         own = self.tensors.get(name)
         if not own:
             return [None] * len(group.params)
-        found = [own.get(p) for p in group.params]
+        found = [own.get(owner) for owner in group.owners]
         for t, (slot, p) in enumerate(zip(found, group.params, strict=True)):
             if slot is not None and slot.shape != p.shape:
                 raise ValueError(
@@ -44,13 +53,13 @@ class Slots:
                     "parameter has changed its size since; build the optimizer anew"
                 )
             if slot is not None and not _fits(slot, p):
-                found[t] = own[p] = torch.empty_like(p, requires_grad=False).copy_(slot)
+                found[t] = own[group.owners[t]] = torch.empty_like(p, requires_grad=False).copy_(slot)
         return found
 
     def put(self, name: str, group: TensorGroup, tensors: Iterable[Tensor | None]) -> None:
         """Keep the tensors that are there; where there is a None, what was kept before stays."""
         own = self.tensors.setdefault(name, {})
-        own.update((p, x) for p, x in zip(group.params, tensors, strict=True) if x is not None)
+        own.update((p, x) for p, x in zip(group.owners, tensors, strict=True) if x is not None)
 
     def drop(self, name: str, params: Iterable[Tensor]) -> None:
         """Forget the slot of these parameters."""
@@ -61,11 +70,28 @@ class Slots:
 
     def saved(self, param: Tensor) -> dict[str, Tensor]:
         """The entries of a parameter in a checkpoint."""
-        return {_PREFIX + name: own[param] for name, own in self.tensors.items() if param in own}
+        return {
+            _PREFIX + name: wrapped(own[param], param)
+            for own_of in (self._reserved, self.tensors)
+            for name, own in own_of.items()
+            if param in own
+        }
 
     def saved_scalars(self) -> dict[str, float]:
         """The entries of the first param group in a checkpoint; the host waits for the device here."""
         return {_PREFIX + name: float(value) for name, value in self.scalars.items()}
+
+    def reserve(self, names: Iterable[str], group: TensorGroup) -> None:
+        """Places that only checkpoints show, for `torch.distributed.checkpoint` to load into."""
+        for name in names:
+            own = self._reserved.setdefault(name, {})
+            for owner, p in zip(group.owners, group.params, strict=True):
+                if owner.requires_grad:
+                    own[owner] = torch.zeros_like(p, requires_grad=False)
+
+    def clear_reserved(self) -> None:
+        """A step has made what is to be kept, or a checkpoint has brought it."""
+        self._reserved = {}
 
     @staticmethod
     def taken(entry: dict[str, Any], names: tuple[str, ...] = NAMES) -> dict[str, Any]:
@@ -75,10 +101,11 @@ class Slots:
     def load(self, tensors: Mapping[Tensor, Mapping[str, Tensor]], scalars: Mapping[str, float]) -> None:
         """Take the place of everything that is kept."""
         self.tensors = {}
+        self.clear_reserved()
         for param, own in tensors.items():
             for name, tensor in own.items():
                 kept = torch.empty_like(param, requires_grad=False).copy_(tensor)
-                self.tensors.setdefault(name, {})[param] = kept
+                self.tensors.setdefault(name, {})[param] = local(kept)
         self.scalars = dict(scalars)
 
     @staticmethod

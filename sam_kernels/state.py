@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from .sharding import local, wrapped
 from .tensor_groups import TensorGroup, has_none, lives_on_device
+
+# State of the shape of its parameter, and spread over ranks like it; Adam's step is neither.
+_LIKE_WEIGHTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 
 # Flags under which torch's own step differs from what `descend_` computes.
 _UNFUSED_FLAGS = ("amsgrad", "capturable", "differentiable")
@@ -105,8 +109,13 @@ def slots(
 def adopt(base: Optimizer, group: TensorGroup, slots: dict[str, list[Any]]) -> None:
     """Give the base optimizer the state that `slots` has created; the update it was made for is done."""
     for t in group.cache.pop("created", ()):
-        entry = {name: slots[name][t] for name in slots if name != "fresh"}
-        base.state.setdefault(group.params[t], {}).update(entry)
+        owner = group.owners[t]
+        entry = {
+            name: wrapped(slots[name][t], owner) if name in _LIKE_WEIGHTS else slots[name][t]
+            for name in slots
+            if name != "fresh"
+        }
+        base.state.setdefault(owner, {}).update(entry)
 
 
 def _is_skipped(guard: Tensor | None) -> bool:
@@ -118,7 +127,7 @@ def _momentum(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict
     with_momentum = [base.param_groups[key[0]]["momentum"] != 0 for key in group.keys]
     if not any(with_momentum):
         return {"momentum_buffer": [None] * len(group.params), "fresh": []}
-    buffers = [entry.get("momentum_buffer") for entry in _entries(base, group)]
+    buffers = [local(entry.get("momentum_buffer")) for entry in _entries(base, group)]
     fresh: list[bool] = []
     if all(with_momentum) and group.has_all_grads and not has_none(buffers):
         _fit(base, group, "momentum_buffer", buffers)
@@ -143,7 +152,7 @@ def _moments(
 ) -> dict[str, list[Any]] | None:
     found = _entries(base, group)
     held: dict[str, list[Any]] | None = group.cache.get("moments")
-    if held is not None and group.has_all_grads and _hold(found, held):
+    if held is not None and group.has_all_grads and _hold(found, held, group.has_dtensors):
         return held
     entries = [
         entry if grad is not None and "step" in entry else _NOTHING
@@ -159,7 +168,9 @@ def _moments(
         # Counters of torch's own stay on the host, unless the pass must find them beside the weights.
         if step.device != group.device and (counts_on_device or step.device.type != "cpu"):
             entry["step"] = step.to(group.device)
-    moments = {name: [entry.get(name) for entry in entries] for name in ("exp_avg", "exp_avg_sq", "step")}
+    moments = {
+        name: [local(entry.get(name)) for entry in entries] for name in ("exp_avg", "exp_avg_sq", "step")
+    }
     _fit(base, group, "exp_avg", moments["exp_avg"])
     _fit(base, group, "exp_avg_sq", moments["exp_avg_sq"])
     created = [t for t, grad in enumerate(group.grads) if grad is not None and not entries[t]]
@@ -177,9 +188,13 @@ def _moments(
     return moments
 
 
-def _hold(entries: list[dict[str, Any]], tensors: dict[str, list[Any]]) -> bool:
+def _hold(entries: list[dict[str, Any]], tensors: dict[str, list[Any]], has_dtensors: bool) -> bool:
     """Whether the entries hold these very tensors, asked without a Python loop over thousands of them."""
     try:
+        if has_dtensors:
+            return all(
+                all(map(is_, map(local, map(itemgetter(name), entries)), tensors[name])) for name in tensors
+            )
         return all(all(map(is_, map(itemgetter(name), entries), tensors[name])) for name in tensors)
     except KeyError:
         return False
@@ -191,7 +206,7 @@ def _entries(base: Optimizer, group: TensorGroup) -> list[dict[str, Any]]:
     present = list(map(id, state.values()))
     if group.cache.get("state ids") != present or group.cache.get("state") is not state:
         # state.get, not state[...]: a defaultdict would grow entries for parameters without gradients.
-        group.cache["state entries"] = [state.get(param, _NOTHING) for param in group.params]
+        group.cache["state entries"] = [state.get(param, _NOTHING) for param in group.owners]
         group.cache["state held"] = list(state.values())  # ids of dicts that live cannot be reused
         group.cache["state ids"], group.cache["state"] = present, state
     return group.cache["state entries"]
@@ -214,7 +229,8 @@ def _fit(base: Optimizer, group: TensorGroup, name: str, tensors: list[Any]) -> 
         if (tensor.stride(), tensor.dtype, tensor.device) == (param.stride(), param.dtype, param.device):
             continue
         tensors[t] = _empty_like(param).copy_(tensor)
-        base.state[param][name] = tensors[t]
+        owner = group.owners[t]
+        base.state[owner][name] = wrapped(tensors[t], owner)
     # Ids alone could be reused after a free; holding the tensors keeps them honest.
     group.cache[f"fitted {name}"] = list(map(id, tensors))
     group.cache[f"held {name}"] = list(tensors)

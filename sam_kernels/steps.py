@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from . import combination, directions, perturbation, probing, state
+from .closures import are_dropped, warn_of_dropped
 from .combination import Held
+from .distributed import Ranks
 from .perturbation import Measure, Served
 from .policies import (
     Bernoulli,
@@ -26,7 +29,10 @@ from .policies import (
     ReuseOrthogonal,
 )
 from .recipe import Recipe
+from .rng import Replay
 from .running_stats import frozen
+from .scaling import is_scale_free
+from .sharding import fsdp_modules
 from .slots import Slots
 
 Closure = Callable[..., Any]
@@ -40,6 +46,8 @@ class Steps:
 
     recipe: Recipe
     model: nn.Module | None
+    ranks: Ranks
+    _served: Served | None
     base_optimizer: Optimizer
     param_groups: list[dict[str, Any]]
     _slots: Slots
@@ -47,6 +55,8 @@ class Steps:
     _held: Held
     _held_of: Served  # the groups whose gradients are held
     _micro_batch: int
+    _has_warned: bool  # of gradients that a closure drops
+    _is_scaled: bool
     _parts: int
     _swapped: tuple[Served, combination.Lists] | None
     _had_gradients: bool
@@ -54,6 +64,8 @@ class Steps:
     _next_scalars: dict[str, float]
     _gate_is_closed: bool
     copies_gradients: bool
+    rng: str
+    _replay: Replay
     _groups: Callable[[], Served]
     _write_tables: Callable[[Served], None]
     _begin_masks: Callable[[Served], None]
@@ -64,6 +76,8 @@ class Steps:
     _restore: Callable[[], None]
     _revalidate: Callable[[], None]
     _abandon: Callable[[], None]
+    _guarded: Callable[[Tensor | None], Tensor | None]
+    _unscale: Callable[[], None]
     zero_grad: Callable[..., None]
     closure_kwargs: Callable[[int], dict[str, Any]]
 
@@ -139,15 +153,29 @@ class Steps:
 
     def _evaluate_all(self, closures: Sequence[Closure], probe: int) -> list[Any]:
         """The gradient at one point: the sum over all closures, as autograd adds it up."""
+        with nullcontext() if self.rng == "advance" else self._replay.around(probe, self._devices()):
+            losses = self._evaluate_sum(closures, probe)
+        if not is_scale_free(self.recipe):
+            self._unscale()
+        self._decay_inside()
+        return losses
+
+    def _devices(self) -> set[torch.device]:
+        return {p.device for group in self.param_groups for p in group["params"]}
+
+    def _evaluate_sum(self, closures: Sequence[Closure], probe: int) -> list[Any]:
         losses: list[Any] = []
-        for closure in closures:
+        self._weights_have_moved()
+        for number, closure in enumerate(closures):
+            of_ranks = self.ranks.averaging(self._averages(probe), is_last=number + 1 == len(closures))
             if not losses:
-                losses.append(self._evaluate(closure, probe))
+                with of_ranks:
+                    losses.append(self._evaluate(closure, probe))
                 continue
             before = [(p, p.grad) for group in self.param_groups for p in group["params"]]
             self._keeps_gradients = True  # closures clear them as they are used to; not now
             try:
-                with torch.enable_grad():
+                with torch.enable_grad(), of_ranks:
                     losses.append(closure(**self.closure_kwargs(probe)))
             finally:
                 self._keeps_gradients = False
@@ -156,17 +184,34 @@ class Steps:
                     "step(): a closure of the list dropped or replaced the gradients of those before it; "
                     "leave clearing them to the optimizer. The weights are restored and no step was taken"
                 )
-        self._decay_inside()
         return losses
 
     def _evaluate(self, closure: Closure, probe: int) -> Any:
         """The gradient of one closure in place of those that are there."""
+        if probe == 0 and self._micro_batch == 0 and not self._has_warned and not self._is_scaled:
+            self._has_warned = are_dropped(self.param_groups)
+            if self._has_warned:
+                warn_of_dropped()
         self.zero_grad()
         self._clearings = 0  # none that the user has asked for
         # Under autocast around a whole step, the casts of weights that have moved since would be used again.
         torch.clear_autocast_cache()
         with torch.enable_grad():
             return closure(**self.closure_kwargs(probe))
+
+    def _averages(self, probe: int) -> bool:
+        """Whether the gradients of a pass are those of all ranks; see note [whose perturbation]."""
+        if not self.ranks.are_apart or not self.is_due:
+            return True
+        return probe + 1 >= self.recipe.gradients
+
+    def _weights_have_moved(self) -> None:
+        """What others made of the weights before is of no use: what FSDP2 gathered, what autograd saved."""
+        for module in fsdp_modules(self.model):
+            module.reshard()
+        for group, _ in self._served or []:
+            if group.has_dtensors:  # passes count what they write into local tensors, of which they know
+                increment_version(group.owners)
 
     # ---- ascent --------------------------------------------------------------------------------
 
@@ -242,7 +287,7 @@ class Steps:
         if isinstance(direction, Noise):
             numbers = self._numbers()
             for group, backend in served:
-                own = [numbers[p] for p in group.params]
+                own = directions.own_numbers(group, numbers)
                 directions.aim_at_noise(group, backend, direction, step, own, self._micro_batch)
         elif isinstance(direction, Momentum):
             for group, _ in served:
@@ -258,7 +303,7 @@ class Steps:
         """Whole tensors are left out by taking their gradients away."""
         chosen = self._drawn_tensors(self.recipe.mask)
         for group, _ in served:
-            group.aim([g if p in chosen else None for p, g in zip(group.params, group.grads, strict=True)])
+            group.aim([g if p in chosen else None for p, g in zip(group.owners, group.grads, strict=True)])
 
     def _start_at_random(self, probe: RandomStart) -> None:
         served = self._groups()
@@ -298,7 +343,7 @@ class Steps:
     @property
     def _guard(self) -> Tensor | None:
         """Not finite where the step is to be skipped, as far as the ascent has seen."""
-        return None if self._measure is None else self._measure.norm
+        return self._guarded(None if self._measure is None else self._measure.norm)
 
     def _read_gradients(self, served: Served | None = None) -> Served:
         """Let these groups take the present gradients; by default the present groups."""

@@ -7,7 +7,7 @@ with thirty param groups still takes one launch per pass.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from .bitmask import count_bits, flatten, is_dense, unpack_from
 from .policies import Adaptive, Fisher, Member, Metric
 from .recipe import Recipe
+from .sharding import WHOLE, Sharding, is_dtensor, local, local_gradient, sharding_of, wrapped
 
 
 class Column(IntEnum):
@@ -66,12 +67,14 @@ class TensorGroup:
     """Parallel lists over the parameters of one device and dtype, and what the passes need of them.
 
     Args:
-        params: leaf tensors of one device and dtype.
+        params: leaf tensors of one device and dtype, whose local tensors become the group's `params`; they
+            themselves are its `owners`, to which gradients, state and masks belong.
         row: per tensor, its row of `table`.
         keys: per row, ``(index of the param group, metric code, eta)``.
         applies: per tensor, whether the metric's T differs from 1 (layer-wise metrics read it).
         dense: whether every parameter fills its memory block (see `is_dense`).
         compact: whether snapshots under a mask hold the selected elements alone.
+        sharding: how the elements of all of them are spread over ranks.
     """
 
     def __init__(
@@ -82,8 +85,12 @@ class TensorGroup:
         applies: list[bool] | None = None,
         dense: bool = True,
         compact: bool = False,
+        sharding: Sharding = WHOLE,
     ) -> None:
-        self.params = params
+        self.owners = params
+        self.has_dtensors = any(map(is_dtensor, params))
+        self.sharding = sharding
+        self.params = params = list(map(local, params)) if self.has_dtensors else params
         self.row = row
         self.keys = keys
         self.dense = dense
@@ -119,10 +126,13 @@ class TensorGroup:
 
     def __repr__(self) -> str:
         count = len(self.params)
-        return f"{count} {str(self.dtype)[6:]} tensor{'s' if count != 1 else ''} on {self.device}"
+        spread = f", spread over {len(self.sharding.groups)} mesh dimensions" if self.sharding.groups else ""
+        return f"{count} {str(self.dtype)[6:]} tensor{'s' if count != 1 else ''} on {self.device}{spread}"
 
     def is_current(self) -> bool:
         """Whether the parameters still have the device, dtype, shape and strides the group was built for."""
+        if not self._holds_locals():
+            return False
         params = self.params
         addresses = list(map(Tensor.data_ptr, params))
         if self._all_contiguous and addresses == self._addresses:
@@ -140,13 +150,25 @@ class TensorGroup:
 
     def changed(self) -> int | None:
         """The first tensor that is not what the group was built for, or None."""
+        if not self._holds_locals():
+            return next(
+                t for t, (p, o) in enumerate(zip(self.params, self.owners, strict=True)) if p is not local(o)
+            )
         for t, (p, layout) in enumerate(zip(self.params, self._layout, strict=True)):
             if _layout_of(p) != layout:
                 return t
         return None
 
+    def _holds_locals(self) -> bool:
+        """Whether DTensors still have the local tensors they had; FSDP gives them others when it sets up."""
+        return not self.has_dtensors or all(
+            p is local(o) for p, o in zip(self.params, self.owners, strict=True)
+        )
+
     def describe_change(self, t: int) -> str:
         """What became of tensor t since the group was built, for messages."""
+        if self.params[t] is not local(self.owners[t]):
+            return "was given another local tensor"
         return f"was {_describe(*self._layout[t])} and is {_describe(*_layout_of(self.params[t]))} now"
 
     # ---- scalars -------------------------------------------------------------------------------
@@ -207,7 +229,7 @@ class TensorGroup:
 
     def read_gradients(self) -> None:
         """Take the present gradients; where needed densify, cast or re-order them to fit the weights."""
-        grads = [p.grad for p in self.params]
+        grads = self.own_gradients()
         self.has_all_grads = True
         try:
             fits = self._all_contiguous and _are_plain(grads, self.dtype)  # type: ignore[arg-type]
@@ -221,6 +243,17 @@ class TensorGroup:
         self.grads = grads
         self.reads += 1
 
+    def own_gradients(self) -> list[Tensor | None]:
+        """The local gradients as their parameters have them."""
+        if not self.has_dtensors:
+            return [p.grad for p in self.owners]
+        return [local_gradient(p.grad, p) for p in self.owners]
+
+    def give_gradient(self, t: int, grad: Tensor | None) -> None:
+        """Make a local tensor the gradient of parameter t."""
+        owner = self.owners[t]
+        owner.grad = None if grad is None else wrapped(grad, owner)
+
     def aim(self, grads: list[Tensor | None]) -> None:
         """Put other tensors in the place of the gradients."""
         self.grads = grads
@@ -228,8 +261,8 @@ class TensorGroup:
 
     def movable(self) -> list[Tensor | None]:
         """The parameters that noise may move: those that take part and are trained."""
-        pairs = zip(self.params, self.participates, strict=True)
-        return [p if takes and p.requires_grad else None for p, takes in pairs]
+        triples = zip(self.params, self.owners, self.participates, strict=True)
+        return [p if takes and owner.requires_grad else None for p, owner, takes in triples]
 
     def drop_gradients(self) -> None:
         """Let go of the gradients: held on to, they would outlive `zero_grad` and the next backward."""
@@ -437,6 +470,7 @@ def collect(
     recipe: Recipe,
     member_of: Callable[[Tensor], Member],
     adaptive_key: str = "adaptive",
+    known_shardings: Mapping[int, Sharding] | None = None,
 ) -> list[TensorGroup]:
     """Sort the parameters of an optimizer into tensor groups.
 
@@ -445,6 +479,7 @@ def collect(
         recipe: decides participation (mask) and metric per tensor.
         member_of: what is known about a parameter.
         adaptive_key: where True in a param group means ``T = |w|`` for it.
+        known_shardings: as `sharding.flat_shardings` finds them.
 
     Raises:
         ValueError: if a parameter is complex, sparse or not a plain tensor, shares memory with itself or
@@ -455,16 +490,17 @@ def collect(
     places: list[tuple[Tensor, str]] = []
     for index, group in enumerate(param_groups):
         for position, param in enumerate(group["params"]):
-            _check_parameter(param, index, position)
+            own = local(param)
+            _check_parameter(own, index, position)
             if id(param) in seen:
                 continue  # torch.optim only warns about duplicates; perturbing twice would be wrong
             seen.add(id(param))
             member = member_of(param)
-            dense = is_dense(param)
+            dense, sharding = is_dense(own), sharding_of(param, known_shardings or {})
             params, row, keys, applies = lists.setdefault(
-                (param.device, param.dtype, dense), ([], [], [], [])
+                (own.device, own.dtype, dense, sharding), ([], [], [], [])
             )
-            places.append((param, f"param_groups[{index}]['params'][{position}]"))
+            places.append((own, f"param_groups[{index}]['params'][{position}]"))
             key = (index, *_metric_of(recipe, bool(group.get(adaptive_key, False)), member))
             if key not in keys:
                 keys.append(key)
@@ -472,9 +508,10 @@ def collect(
             row.append(keys.index(key))
             applies.append(recipe.metric.applies_to(member))
     _check_overlaps(places)
+    compact = getattr(recipe.mask, "compact", False)
     return [
-        TensorGroup(params, row, keys, applies, dense, compact=getattr(recipe.mask, "compact", False))
-        for (_, _, dense), (params, row, keys, applies) in lists.items()
+        TensorGroup(params, row, keys, applies, dense, compact, sharding)
+        for (_, _, dense, sharding), (params, row, keys, applies) in lists.items()
     ]
 
 

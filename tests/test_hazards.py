@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
 import torch
 from fixtures import assert_close, backward_of, base_state, every_backend, same_bits, small_net, values
+from torch import Tensor
 from torch.nn import Parameter
 
 from sam_kernels import SAM, recipes, running_stats, state, tensor_groups
@@ -353,3 +355,53 @@ def test_groups_whose_memory_a_graph_holds_outlive_their_successors(monkeypatch)
     opt.step(lambda: weights[0].pow(2).sum().backward())
     gc.collect()
     assert later() is None  # no graph knows that one
+
+
+# ---- gradients of micro-batches that a closure would drop -------------------------------------------
+
+
+def micro_batches():
+    w = Parameter(torch.tensor([1.0, -2.0]))
+    opt = SAM([w], torch.optim.SGD, lr=0.1)
+
+    def closure(share: float = 1.0) -> Tensor:
+        loss = share * (w**2).sum()
+        loss.backward()
+        return loss
+
+    return w, opt, closure
+
+
+def test_gradients_that_a_closure_drops_are_named_once():
+    _, opt, closure = micro_batches()
+    closure(0.5)  # an earlier micro-batch, as trainers with accumulation evaluate it
+    with pytest.warns(
+        UserWarning, match=r"gradients that were there before are dropped.*opt\.step\(\[closure"
+    ):
+        opt.step(closure)
+    opt.zero_grad()
+    closure(0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step(closure)
+
+
+@pytest.mark.parametrize("clear", ["nothing", "drop", "zeros"])
+def test_gradients_that_a_step_has_used_are_no_reason_to_warn(clear):
+    _, opt, closure = micro_batches()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step(closure)
+        if clear != "nothing":
+            opt.zero_grad(set_to_none=clear == "drop")
+        opt.step([closure, closure])
+        closure()
+        opt.first_step(zero_grad=True)
+        closure()
+        opt.step()
+        opt.step(closure)
+    with pytest.raises(ZeroDivisionError):
+        opt.step(lambda: 1 / 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step(closure)

@@ -13,7 +13,10 @@ class Probe:
 
     Attributes:
         gradients: gradients evaluated in a perturbed step, the one at `w` included.
+        moves_base: whether weights move along a gradient, or the base steps, before the last one is there.
     """
+
+    moves_base = False
 
     @property
     def gradients(self) -> int:
@@ -160,6 +163,8 @@ class Anticipated(Probe):
     Source: Xie, Pethick, Cevher, NeurIPS 2024, arXiv 2410.10683 (SAMPa).
     """
 
+    moves_base = True
+
     @property
     def gradients(self) -> int:
         return 2
@@ -190,6 +195,8 @@ class Lookbehind(Probe):
 
     Source: Mordido et al., ICML 2024, arXiv 2307.16704.
     """
+
+    moves_base = True
 
     k: int = 2
     alpha: float | None = 0.5

@@ -1,0 +1,213 @@
+"""Gradient scaling: steps with gradients that `torch.amp.GradScaler` has multiplied by its scale.
+
+note: [what a scaler hands over]
+A scaler looks for `_step_supports_amp_scaling`. Where it holds, it calls ``step()`` in every case, with two
+attributes of the optimizer set: `grad_scale`, a tensor, or None where the user has called ``unscale_``; and
+`found_inf`, not 0 where a gradient of the optimizer was not finite when it looked. So weights are restored in
+every case too, and only the update is left out. Both are read on the device.
+
+note: [scale-free recipes]
+Most recipes take from a gradient its direction alone until the base gets the last: they run on scaled
+gradients, and the update divides. The others get gradients that were divided before anything reads them; in
+the two-step form that is too late for what `first_step` has done with the first, so some are refused there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import combination, perturbation
+from .combination import Held, Lists
+from .perturbation import Measure, Served
+from .policies import (
+    Adaptive,
+    Curvature,
+    Decoupled,
+    Euclidean,
+    Gradient,
+    Last,
+    LayerWise,
+    Mix,
+    Momentum,
+    Noise,
+    Remembering,
+    SurrogateGap,
+)
+from .recipe import Recipe
+
+
+def reason_at_first(recipe: Recipe) -> str | None:
+    """What the recipe does with the first gradient that depends on its scale, or None.
+
+    Example:
+        >>> from sam_kernels import recipes
+        >>> reason_at_first(recipes.vasso())
+        'it remembers gradients from step to step'
+        >>> reason_at_first(recipes.sam()) is None
+        True
+    """
+    if isinstance(recipe.direction, Remembering):
+        return "it remembers gradients from step to step"
+    if recipe.cadence.needs_norm:
+        return "its cadence goes by the size of the gradient"
+    if recipe.decay == "inside" and recipe.direction.needs_gradient:
+        return "it adds weight decay to the first gradient"
+    metric = recipe.metric
+    is_free = isinstance(metric, Euclidean | Adaptive)
+    is_free = is_free or (isinstance(metric, LayerWise) and metric.form != "trust_ratio")
+    is_free = is_free and isinstance(recipe.direction, Gradient | Momentum | Noise)
+    return None if is_free else "its perturbation goes by the size of the gradient"
+
+
+def is_scale_free(recipe: Recipe) -> bool:
+    """Whether scaled gradients lead to the same step, times the scale; see note [scale-free recipes].
+
+    Example:
+        >>> from sam_kernels import recipes
+        >>> is_scale_free(recipes.gsam()), is_scale_free(recipes.gnp())
+        (True, False)
+    """
+    rule = recipe.combine
+    is_linear = isinstance(rule, Last | SurrogateGap | Curvature)
+    is_linear = is_linear or (isinstance(rule, Mix) and not rule.normalize)
+    if recipe.decay == "inside" or recipe.probe.moves_base or not is_linear:
+        return False
+    return reason_at_first(recipe) is None
+
+
+class Scaling:
+    """Base of `SAM`: what scaled gradients take; see note [what a scaler hands over]."""
+
+    recipe: Recipe
+    _held: Held
+    _held_of: Served
+    _runs_closure: bool
+    _measure: Measure | None
+    _groups: Callable[[], Served]
+    _read_gradients: Callable[..., Served]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # Lightning asks inside of a closure, before it clips, and takes True for a reason not to.
+        return not self._runs_closure
+
+    @property
+    def _is_scaled(self) -> bool:
+        """Whether a scaler called this step, or somebody has set a scale."""
+        return "found_inf" in self.__dict__ or self.__dict__.get("grad_scale") is not None
+
+    @property
+    def _scale(self) -> Tensor | None:
+        """What multiplies the gradients of backward in this step, 0-d float64; None for 1, or unknown."""
+        scale: Any = self.__dict__.get("grad_scale")
+        if scale is None:
+            return None
+        if not isinstance(scale, Tensor):
+            scale = torch.tensor(scale)
+        return scale.detach().reshape(()).double()
+
+    @property
+    def _scale_left(self) -> Tensor | None:
+        """The scale that the gradients still have when the base is to get them; None for 1."""
+        return self._scale if is_scale_free(self.recipe) else None
+
+    def _guarded(self, norm: Tensor | None) -> Tensor | None:
+        """A guard that is not finite either where the scaler has found a gradient that is not."""
+        found = self.__dict__.get("found_inf")
+        if not isinstance(found, Tensor):  # a scaler that saw no gradients says 0
+            return norm
+        verdict = (found.detach().reshape(()) == 0).double().reciprocal()
+        return verdict if norm is None else norm + verdict.to(norm.device)
+
+    def _look_at_last(self) -> None:
+        """Guard what moves weights beside the base: the scaler saw what was there before a closure ran."""
+        served = self._read_gradients() if self._is_scaled and self._runs_closure else []
+        if served and isinstance(self.recipe.combine, Decoupled):
+            total = perturbation.squares(served)
+            before = self._measure
+            self._measure = Measure(
+                total if before is None else before.norm + total.to(before.norm.device), []
+            )
+
+    @property
+    def _checks_base(self) -> bool:
+        """Whether to look at the gradient that the base is to get.
+
+        Those of a closure the scaler has not seen, and a sum in half precision may be out of range where what
+        it has seen is not.
+        """
+        is_sum = self.recipe.combine.gradients > 1
+        return self._is_scaled and (
+            self._runs_closure or (is_sum and any(g.dtype == torch.float16 for g, _ in self._groups()))
+        )
+
+    def _meet_scaler(self, is_pending: bool, is_decayed: bool) -> None:
+        """Before a step without a closure: refuse what cannot be right, unscale what is to be.
+
+        Args:
+            is_pending: `first_step` has seen a gradient.
+            is_decayed: the last gradient has its weight decay already.
+
+        Raises:
+            RuntimeError: saying what to do; the caller restores the weights.
+        """
+        if not self._is_scaled:
+            return
+        recipe = self.recipe
+        reason = reason_at_first(recipe)
+        if reason is None and is_decayed and recipe.decay == "inside":
+            reason = "a perturbed() block adds weight decay to its gradient"
+        if is_pending and reason is not None:
+            raise RuntimeError(
+                f"step(): a GradScaler is in use, and recipe '{recipe.name}' must know the scale before the "
+                f"second backward, since {reason}. The weights are restored and nothing was updated; give "
+                "the scaler a closure, scaler.step(opt, closure), or train in bfloat16 without one"
+            )
+        if self._scale is None:
+            if self._held:
+                raise RuntimeError(
+                    f"step(): recipe '{recipe.name}' needs the gradients of both passes, and unscale_() has "
+                    "divided one of them by the scale. The weights are restored and nothing was updated; "
+                    "leave out scaler.unscale_(opt), and clip by SAM(..., max_grad_norm=)"
+                )
+        elif not is_scale_free(recipe):
+            self._unscale()
+            for lists in self._held:
+                self._divide(self._held_of, lists)
+
+    def _require_scale(self) -> None:
+        """Before step(closure).
+
+        Raises:
+            RuntimeError: where the closure will scale gradients by a number that the scaler has not told.
+        """
+        if self._is_scaled and self._scale is None:
+            raise RuntimeError(
+                "step(closure): scaler.unscale_(opt) was called before, so the scaler does not tell its "
+                "scale, and the closure's gradients could not be unscaled. No step was taken; leave out "
+                "unscale_(), and clip by SAM(..., max_grad_norm=)"
+            )
+
+    @torch.no_grad()
+    def _unscale(self) -> None:
+        """``g /= scale`` for the present gradients."""
+        if self._scale is None:
+            return
+        served = self._read_gradients()
+        lists = [group.grads for group, _ in served]
+        self._divide(served, lists)
+        for (group, _), own in zip(served, lists, strict=True):
+            combination.write_back(group, own)
+            group.drop_gradients()
+
+    def _divide(self, served: Served, lists: Lists) -> None:
+        scale = self._scale
+        if scale is None:
+            return
+        for (group, backend), own in zip(served, lists, strict=True):
+            factor = scale.to(group.device).reciprocal().view(1, 1)
+            backend.combine_(group, [own], [own], factor)
