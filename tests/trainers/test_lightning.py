@@ -31,10 +31,11 @@ TOLERANCE = {"64-true": 2e-12, "32-true": 2e-6, "bf16-mixed": 2e-6}
 
 
 class Module(pl.LightningModule):
-    def __init__(self, dtype=torch.float64, recipe=None, optimizer=None):
+    def __init__(self, dtype=torch.float64, recipe=None, optimizer=None, rng="advance"):
         super().__init__()
         self.net = references.network(dtype)
-        self.recipe, self.make = recipe, optimizer
+        self.make = optimizer
+        self.sam = {"rho": RHO, "recipe": recipe, "rng": rng, "model": self.net}
         self.seen = []
 
     def training_step(self, batch, batch_idx):
@@ -47,9 +48,7 @@ class Module(pl.LightningModule):
     def configure_optimizers(self):
         if self.make is not None:
             return self.make(self.parameters())
-        return SAM(
-            self.parameters(), torch.optim.SGD, rho=RHO, recipe=self.recipe, lr=LR, momentum=0.9, model=self
-        )
+        return SAM(self.parameters(), torch.optim.SGD, lr=LR, momentum=0.9, **self.sam)
 
 
 class Outputs(pl.Callback):
@@ -163,6 +162,29 @@ def test_accumulation_is_that_of_a_list_of_closures(recipe):
         opt.step(closure)
     assert references.largest_difference(module.net, references.network()) > 1e-2, "nothing was trained"
     assert references.largest_difference(module.net, model) <= 1e-13
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_dropout_masks_can_be_those_of_the_first_pass(k):
+    """Every micro-batch meets the same masks in both passes, if asked for."""
+
+    class Noisy(Module):
+        def training_step(self, batch, batch_idx):
+            self.masks.append(torch.rand(3))
+            return super().training_step(batch, batch_idx)
+
+    expected, _ = reference(k, epochs=1)
+    for rng, is_same in (("replay", True), ("advance", False)):
+        module = Noisy(rng=rng)
+        module.masks = []
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*gradients that were there before.*")
+            fit(module, ours.SAMCallback(), k=k, epochs=1)
+        assert references.largest_difference(module.net, expected) <= TOLERANCE["64-true"]
+        # With accumulation the pass to repeat begins after the micro-batches that Lightning has run itself.
+        start = k - 1 if is_same else 0
+        first, second = module.masks[start : start + k], module.masks[start + k : start + 2 * k]
+        assert all(torch.equal(a, b) == is_same for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("k", [1, 2])

@@ -203,6 +203,19 @@ def test_an_optimizer_of_ones_own_and_a_cadence(tmp_path):
     assert len(calls) == BATCHES * EPOCHS + due
 
 
+@pytest.mark.parametrize(("rng", "is_same"), [("replay", True), ("advance", False)])
+def test_dropout_masks_can_be_those_of_the_first_pass(rng, is_same, tmp_path):
+    model, masks = Averaging(), []
+    model.net.register_forward_hook(lambda *_: masks.append(torch.rand(3)))
+    trainer_of(model, tmp_path, 2, sam={"rho": RHO, "rng": rng}).train()
+    expected, _ = reference(Averaging, 2, None)
+    assert references.largest_difference(model.net, expected) <= 1e-13
+    for step in range(2):
+        first, second = masks[4 * step : 4 * step + 2], masks[4 * step + 2 : 4 * step + 4]
+        assert all(torch.equal(a, b) == is_same for a, b in zip(first, second, strict=True))
+    assert not torch.equal(masks[0], masks[4]), "the next step has masks of its own"
+
+
 def test_a_failure_at_perturbed_weights_leaves_them_restored(tmp_path):
     model = Averaging()
     before = [p.detach().clone() for p in model.parameters()]
