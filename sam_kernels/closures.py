@@ -57,7 +57,7 @@ def _check_whole(closure: Any) -> None:
 
     It is the only one of its kind that clears no gradients before its backward.
     """
-    inner = closure.args[-1] if isinstance(closure, partial) and closure.args else closure
+    inner = _innermost(closure)
     if not type(inner).__module__.endswith(".loops.optimization.automatic"):
         return
     if getattr(inner, "_backward_fn", None) is not None and getattr(inner, "_zero_grad_fn", inner) is None:
@@ -65,6 +65,19 @@ def _check_whole(closure: Any) -> None:
             "step(): Lightning accumulates gradients, and its closure evaluates the last micro-batch only; "
             "add sam_kernels.trainers.lightning.SAMCallback to the Trainer's callbacks, or accumulate nothing"
         )
+
+
+def has_hooks_alone(closure: Any) -> bool:
+    """Whether it is what Lightning hands over for a ``step()`` without a closure: hooks, and no gradient."""
+    inner = _innermost(closure)
+    return getattr(inner, "__name__", "") == "do_nothing_closure" and inner.__module__.endswith(
+        ".core.optimizer"
+    )
+
+
+def _innermost(closure: Any) -> Any:
+    """What a closure that was made of another and arguments was made of."""
+    return closure.args[-1] if isinstance(closure, partial) and closure.args else closure
 
 
 # note: [gradients that a closure drops]

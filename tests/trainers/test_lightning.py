@@ -203,6 +203,48 @@ def test_losses_are_those_of_the_first_pass(k):
         assert len(outputs.losses) == BATCHES
 
 
+class ByHand(Module):
+    """The two-step form in manual optimization."""
+
+    def __init__(self, perturbs=True):
+        super().__init__()
+        self.automatic_optimization = False
+        self.perturbs = perturbs
+
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        x, y = batch
+        opt.zero_grad()
+        self.manual_backward(cross_entropy(self.net(x), y))
+        if self.perturbs:
+            opt.first_step(zero_grad=True)
+            self.manual_backward(cross_entropy(self.net(x), y))
+        opt.step()
+
+    def on_before_optimizer_step(self, optimizer):
+        self.seen.append(optimizer)
+
+
+@pytest.mark.parametrize("sam", [SAM, davda54.SAM])
+def test_two_steps_by_hand(sam):
+    """Lightning's wrapper of the optimizer inherits first_step, which must not begin a step of its own."""
+    module = ByHand()
+    module.make = lambda p: sam(p, torch.optim.SGD, rho=RHO, lr=LR, momentum=0.9)
+    trainer = fit(module)
+    assert isinstance(module.optimizers(), pl.core.optimizer.LightningOptimizer)
+    expected, _ = reference()
+    assert references.largest_difference(module.net, expected) <= TOLERANCE["64-true"]
+    assert trainer.global_step == len(module.seen) == BATCHES * EPOCHS
+
+
+def test_a_step_by_hand_with_nothing_pending_is_refused():
+    """Lightning hands over a closure that does nothing; it is no gradient of zeros."""
+    module = ByHand(perturbs=False)
+    with pytest.raises(RuntimeError, match="nothing pending"):
+        fit(module)
+    assert references.largest_difference(module.net, references.network()) == 0
+
+
 def replicated(rank, k):
     """The same training under DDP."""
     module = Module()
