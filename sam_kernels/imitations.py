@@ -1,10 +1,10 @@
 """Wrappers that derive from the class of what they wrap, as Lightning's do.
 
 note: [imitations]
-``self.optimizers()`` in a LightningModule is of a class made of Lightning's wrapper and of the optimizer's own,
-so that it passes for one, and has the optimizer in ``_optimizer``. Its ``step`` goes there. The methods it
-inherits would run on the wrapper, which reads the attributes of the optimizer but writes its own: `first_step`
-would be pending where nobody looks. So they are handed on as well.
+``self.optimizers()`` in a LightningModule is of a class made of Lightning's wrapper and of the optimizer's
+own, so that it passes for one, and has the optimizer in ``_optimizer``. Its ``step`` goes there. The
+methods it inherits would run on the wrapper, which reads the attributes of the optimizer but writes its
+own: `first_step` would be pending where nobody looks. So they are handed on as well.
 """
 
 from __future__ import annotations
