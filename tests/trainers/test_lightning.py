@@ -61,7 +61,7 @@ class Outputs(pl.Callback):
         self.losses.append(float(outputs["loss"]))
 
 
-def fit(module, *callbacks, precision="64-true", k=1, epochs=EPOCHS, rank=None, **settings):
+def fit(module, *callbacks, precision="64-true", k=1, epochs=EPOCHS, rank=None, ckpt_path=None, **settings):
     dtype, devices, batch, sampler = PRECISIONS.get(precision, torch.float32), 1, BATCH, None
     dataset = TensorDataset(X.to(dtype), Y)
     if rank is not None:  # every second sample
@@ -81,7 +81,7 @@ def fit(module, *callbacks, precision="64-true", k=1, epochs=EPOCHS, rank=None, 
         **({"precision": precision} if precision else {}),
         **settings,
     )
-    trainer.fit(module, DataLoader(dataset, batch_size=batch, sampler=sampler))
+    trainer.fit(module, DataLoader(dataset, batch_size=batch, sampler=sampler), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -273,6 +273,15 @@ def test_a_learning_rate_schedule_goes_on_without_warnings():
         trainer = fit(module, ours.SAMCallback())
     opt = trainer.optimizers[0]
     assert opt.param_groups[0]["lr"] == LR * 0.5**EPOCHS
+
+
+def test_resuming_is_going_on(tmp_path):
+    straight, half, resumed = Module(), Module(), Module()
+    fit(straight, ours.SAMCallback(), k=2)
+    fit(half, ours.SAMCallback(), k=2, epochs=1).save_checkpoint(tmp_path / "half.ckpt")
+    fit(resumed, ours.SAMCallback(), k=2, ckpt_path=tmp_path / "half.ckpt")
+    assert references.largest_difference(straight.net, half.net) > 1e-2
+    assert references.largest_difference(straight.net, resumed.net) == 0
 
 
 def test_the_optimizer_is_as_it_was_after_the_fit():
