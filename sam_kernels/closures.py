@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,7 @@ def check_closures(recipe: Recipe, closure: Any, ahead: Any, m_sharpness: bool) 
         why = f"is {ahead!r}" if looks_ahead else f"was given, and recipe '{name}' does not look ahead"
         raise TypeError(f"step(): ahead {why}; expected the next batch's closure for recipes that do")
     if callable(closure) or closure is None:
+        _check_whole(closure)
         if m_sharpness:
             raise TypeError("step(): m_sharpness=True goes with a list of closures, one for each micro-batch")
         if looks_ahead and closure is not None and ahead is None:
@@ -48,6 +50,34 @@ def check_closures(recipe: Recipe, closure: Any, ahead: Any, m_sharpness: bool) 
             f"step(): recipe '{name}' keeps something from the gradient of each step, and micro-batches "
             "would each write it; drop m_sharpness=True"
         )
+
+
+def _check_whole(closure: Any) -> None:
+    """Raise a sentence for the closure Lightning makes where it accumulates: the last micro-batch's.
+
+    It is the only one of its kind that clears no gradients before its backward.
+    """
+    inner = _innermost(closure)
+    if not type(inner).__module__.endswith(".loops.optimization.automatic"):
+        return
+    if getattr(inner, "_backward_fn", None) is not None and getattr(inner, "_zero_grad_fn", inner) is None:
+        raise RuntimeError(
+            "step(): Lightning accumulates gradients, and its closure evaluates the last micro-batch only; "
+            "add sam_kernels.trainers.lightning.SAMCallback to the Trainer's callbacks, or accumulate nothing"
+        )
+
+
+def has_hooks_alone(closure: Any) -> bool:
+    """Whether it is what Lightning hands over for a ``step()`` without a closure: hooks, and no gradient."""
+    inner = _innermost(closure)
+    return getattr(inner, "__name__", "") == "do_nothing_closure" and inner.__module__.endswith(
+        ".core.optimizer"
+    )
+
+
+def _innermost(closure: Any) -> Any:
+    """What a closure that was made of another and arguments was made of."""
+    return closure.args[-1] if isinstance(closure, partial) and closure.args else closure
 
 
 # note: [gradients that a closure drops]

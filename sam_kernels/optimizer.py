@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import anticipated, combination, distributed, lookbehind, masters, ops, perturbation, state
+from . import anticipated, combination, distributed, imitations, lookbehind, masters, ops, perturbation, state
 from .checkpoints import Checkpoints
-from .closures import check_closures, mark_left
+from .closures import check_closures, has_hooks_alone, mark_left
 from .construction import (
     build_base,
     check_decay,
@@ -189,6 +189,10 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         distributed.warn_if_gathered_weights_may_stay([group for group, _ in served], model)
         if not (master_weights or stochastic_rounding):
             warn_if_swallowed([group for group, _ in served])
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        imitations.hand_on(cls, SAM)
 
     # What no copy and no pickle takes along.
     _TRANSIENT = (
@@ -370,10 +374,13 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             RuntimeError: for a step() with nothing pending that would silently not be SAM, a step(closure)
                 in the middle of a two-step, or scaled gradients that could not be unscaled.
         """
+        hooks, closure = (closure, None) if has_hooks_alone(closure) else (None, closure)
         check_closures(self.recipe, closure, ahead, m_sharpness)
         was_idle = self._phase == _IDLE
         self._runs_closure = closure is not None
         try:
+            if callable(hooks):
+                hooks()
             return self._step(closure, ahead=ahead, m_sharpness=m_sharpness)
         except BaseException:
             # Hooks run inside too: whatever raises, no perturbed weights stay behind. Only a closure

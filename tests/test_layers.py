@@ -103,6 +103,15 @@ def test_optimizer_reaches_backends_through_ops():
 
 
 @pytest.mark.parametrize("module", FILES)
+def test_trainers_are_known_to_nobody_and_import_no_library(module):
+    libraries = {"accelerate", "composer", "deepspeed", "lightning", "pytorch_lightning", "transformers"}
+    if below(module, "trainers"):
+        assert not {m for m in imports_of(module, top_only=True) if m.split(".")[0] in libraries}
+    else:
+        assert not {m for m in known(module) if below(m, "trainers")}
+
+
+@pytest.mark.parametrize("module", FILES)
 def test_nothing_imports_tests_bench_or_examples(module):
     assert not {
         m for m in imports_of(module) if m.split(".")[0] in {"tests", "bench", "examples", "oracles", "cases"}

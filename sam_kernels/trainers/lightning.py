@@ -1,9 +1,9 @@
 """SAM under Lightning's automatic optimization.
 
 Lightning calls ``optimizer.step(closure)``, and with ``accumulate_grad_batches=1`` in fp32 and bf16-mixed
-that is all `SAM` needs; it runs unmodified. With accumulation the closure is of the last micro-batch only, so
-both gradients would be wrong and nobody would notice; under 16-mixed there is no closure. `SAMCallback` makes
-the first right and refuses the second when training starts.
+that is all `SAM` needs; it runs unmodified. With accumulation the closure is of the last micro-batch only,
+and under 16-mixed there is none; `SAM` refuses either at the first step. `SAMCallback` makes accumulation
+right, and refuses the rest when training starts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Hooks:
     A step takes as many gradients as the recipe evaluates, each of all micro-batches: Lightning computes the
     first as it always does, and the callback evaluates the micro-batches again at the perturbed weights.
     Their batches stay in memory until the step is done; a batch that ``training_step`` changes in place is
-    not what it was then. Under DDP all gradients are averaged over the ranks, which share one perturbation.
+    not what it was then. With ``rng="replay"`` the first gradient is evaluated again too. Under DDP all
+    gradients are averaged over the ranks, which share one perturbation.
 
     What ``training_step`` logs is of the first gradient; ``self.log`` does nothing in the others, which run
     at weights that nobody will use. Metrics it updates by itself see every pass.
@@ -113,19 +114,23 @@ class Hooks:
         """The closure of the last micro-batch, made to stand for all of them."""
         others = self._batches[:-1]
         held = window.take_gradients(optimizer) if others else []
+        # Random numbers that are to be repeated are those from the first call on.
+        can_give = optimizer.rng == "advance"
         calls = 0
 
         def whole(**kwargs: Any) -> Any:
             nonlocal calls, held
             calls += 1
-            if calls == 1 and not window.is_perturbed(optimizer):
+            if calls == 1 and can_give and not window.is_perturbed(optimizer):
                 window.give_gradients(held)  # of the others, at these very weights
                 held = []
                 return closure(**kwargs)
-            with silent(pl_module) if calls > 1 else nullcontext():
+            held = []
+            with silent(pl_module):
                 for batch, batch_idx in others:
                     with without_sync(trainer.strategy):
                         backward(trainer, pl_module, optimizer, batch, batch_idx)
+            with silent(pl_module) if calls > 1 else nullcontext():
                 return closure(**kwargs)
 
         return whole

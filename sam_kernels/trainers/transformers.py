@@ -73,7 +73,7 @@ class SAMTrainerMixin:
             The loss at the weights the step began with.
         """
         if not self._batches:
-            self._check()
+            self._begin()
         loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         self._batches.append((inputs, args, kwargs))
         accelerator = self.accelerator  # type: ignore[attr-defined]
@@ -103,8 +103,8 @@ class SAMTrainerMixin:
             opt._abandon()  # no perturbed weights stay behind
             raise
 
-    def _check(self) -> None:
-        """Raise a sentence for settings under which a step would not be one of SAM."""
+    def _begin(self) -> None:
+        """Before the first micro-batch of a step: raise a sentence where it would not be one of SAM."""
         accelerator = self.accelerator  # type: ignore[attr-defined]
         if accelerator.scaler is not None:
             raise RuntimeError(
@@ -116,4 +116,7 @@ class SAMTrainerMixin:
                 "SAMTrainerMixin: DeepSpeed's engine steps by itself, with weights of its own; see "
                 "sam_kernels.trainers.deepspeed, which goes with a loop of yours"
             )
-        window.find(self.optimizer, "SAMTrainerMixin")
+        opt = window.find(self.optimizer, "SAMTrainerMixin")
+        if opt.rng == "replay":
+            with opt.first_pass():
+                pass  # the random numbers to repeat are those from here on

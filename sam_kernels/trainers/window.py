@@ -62,8 +62,27 @@ def is_perturbed(optimizer: SAM) -> bool:
 
 
 def take_gradients(optimizer: SAM) -> Held:
-    """The present gradients; dropping them afterwards, as ``zero_grad()`` does, leaves these as they are."""
-    return [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
+    """The present gradients, which are the parameters' no longer.
+
+    Example:
+        >>> import torch
+        >>> from sam_kernels import SAM
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> opt = SAM([w], torch.optim.SGD, lr=0.1)
+        >>> w.sum().backward()
+        >>> held = take_gradients(opt)
+        >>> w.grad is None
+        True
+        >>> give_gradients(held)
+        >>> w.grad
+        tensor([1., 1.])
+    """
+    held = []
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            held.append((param, param.grad))
+            param.grad = None
+    return held
 
 
 def give_gradients(held: Held) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 import ranks
 import references
@@ -188,7 +186,6 @@ def sharded(rank, k):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    torch.distributed.init_process_group("gloo")
     model = references.network()
     optimizer = sam(model)
     names = {p.data_ptr(): name for name, p in model.named_parameters()}
@@ -211,18 +208,6 @@ def sharded(rank, k):
     return {name: p.full_tensor().detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    find_spec("sam_kernels.sharding") is None, reason="DTensors are not served without sam_kernels.sharding"
-)
-def test_sharded_by_fsdp2(tmp_path):
-    results = ranks.on_two(sharded, tmp_path, 2)
-    expected = {name: p.detach() for name, p in reference(2).named_parameters()}
-    for result in results:
-        worst = max(float((result[name] - p).abs().max()) for name, p in expected.items())
-        assert worst <= 1e-13
-
-
 def replicated(rank, k):
     """DDP as accelerate sets it up."""
     accelerator = accelerate.Accelerator(cpu=True)
@@ -235,14 +220,23 @@ def replicated(rank, k):
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
+def both(rank, k):
+    return {"replicated by DDP": replicated(rank, k), "sharded by FSDP2": sharded(rank, k)}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return ranks.on_two(both, tmp_path_factory.mktemp("ranks"), 2)
+
+
 @pytest.mark.slow
-def test_replicated_by_ddp(tmp_path):
-    results = ranks.on_two(replicated, tmp_path, 2)
+@pytest.mark.parametrize("how", ["replicated by DDP", "sharded by FSDP2"])
+def test_two_ranks_are_one_process(results, how):
     expected = {name: p.detach() for name, p in reference(2).named_parameters()}
-    for result in results:
-        worst = max(float((result[name] - p).abs().max()) for name, p in expected.items())
-        assert worst <= 1e-13
-    assert all(torch.equal(results[0][name], results[1][name]) for name in expected)
+    first, second = (result[how] for result in results)
+    for name, w in expected.items():
+        assert torch.equal(first[name], second[name]), f"{name} differs between the ranks"
+        assert float((first[name] - w).abs().max()) <= 1e-13
 
 
 # ---- what is refused ---------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def collate(rows):
 
 def trainer_of(model, tmp_path, k=1, clip=0.0, cls=Trainer, **settings):
     options = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": LR}
-    options["per_device_train_batch_size"] = BATCH
+    options |= {"per_device_train_batch_size": BATCH, "save_strategy": "no"}
     keywords = {"sam": settings.pop("sam", {"rho": RHO})} if cls is Trainer else {}
     optimizers = settings.pop("optimizers", (None, None))
     args = transformers.TrainingArguments(
@@ -74,7 +74,6 @@ def trainer_of(model, tmp_path, k=1, clip=0.0, cls=Trainer, **settings):
         max_grad_norm=clip,
         report_to=[],
         disable_tqdm=True,
-        save_strategy="no",
         logging_steps=1,
         **{**options, **settings},
     )
@@ -201,6 +200,31 @@ def test_an_optimizer_of_ones_own_and_a_cadence(tmp_path):
     due = sum(opt.recipe.cadence.is_due(step) for step in range(BATCHES * EPOCHS))
     assert 0 < due < BATCHES * EPOCHS
     assert len(calls) == BATCHES * EPOCHS + due
+
+
+@pytest.mark.parametrize(("rng", "is_same"), [("replay", True), ("advance", False)])
+def test_dropout_masks_can_be_those_of_the_first_pass(rng, is_same, tmp_path):
+    model, masks = Averaging(), []
+    model.net.register_forward_hook(lambda *_: masks.append(torch.rand(3)))
+    trainer_of(model, tmp_path, 2, sam={"rho": RHO, "rng": rng}).train()
+    expected, _ = reference(Averaging, 2, None)
+    assert references.largest_difference(model.net, expected) <= 1e-13
+    for step in range(2):
+        first, second = masks[4 * step : 4 * step + 2], masks[4 * step + 2 : 4 * step + 4]
+        assert all(torch.equal(a, b) == is_same for a, b in zip(first, second, strict=True))
+    assert not torch.equal(masks[0], masks[4]), "the next step has masks of its own"
+
+
+def test_resuming_is_going_on(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "learning_rate": 0.05}
+    straight, resumed = Averaging(), Averaging()
+    trainer_of(straight, tmp_path, 2, **settings).train()
+    half = [p.detach().clone() for p in resumed.parameters()]
+    again = trainer_of(resumed, tmp_path, 2, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert any(not torch.equal(p, w) for p, w in zip(resumed.parameters(), half, strict=True))
+    assert references.largest_difference(straight, resumed) == 0
+    assert again.optimizer.param_groups[0]["sam_step"] == again.state.global_step == 6
 
 
 def test_a_failure_at_perturbed_weights_leaves_them_restored(tmp_path):
