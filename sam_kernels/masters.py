@@ -134,16 +134,16 @@ def check_loaded(loaded: dict[Tensor, dict[str, Tensor]], has_masters: bool) -> 
             )
 
 
-def widen_state(base: Optimizer, saved: dict[Tensor, dict[str, Any]] | None = None) -> None:
+def widen_state(base: Optimizer, saved: dict[Tensor, dict[str, Any]]) -> None:
     """State beside half-precision weights in fp32: `Optimizer.load_state_dict` casts it to their dtype.
 
     Args:
-        saved: by parameter, the state as a checkpoint has it; without, what the base holds is widened.
+        saved: by parameter, the state as a checkpoint has it.
     """
     for param, held in base.state.items():
         if param.dtype not in HALF:
             continue
-        entry = held if saved is None else saved.get(param, {})
+        entry = saved.get(param, {})
         for name in _MOMENTS:
             value = entry.get(name)
             if isinstance(value, Tensor) and value.shape == param.shape:

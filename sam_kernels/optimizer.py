@@ -289,7 +289,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         last = len(self.param_groups) - 1
         try:
             check_momentum(self.recipe, self.base_optimizer)
-            check_options(self.master_weights, self.stochastic_rounding, self.param_groups[last:])
+            check_options(self.master_weights, self.stochastic_rounding, self.param_groups, last)
             if self.master_weights:
                 masters.check(self.recipe, self.base_optimizer)
             self._adopt_group(last)
@@ -888,10 +888,10 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         no_rate = all(lr is not None and not lives_on_device(lr) and float(lr) == 0.0 for lr in lrs)
         if no_rate and self.is_due and not self._is_scaled:
             # torch's distributed checkpoint asks for a step like this to make the state exist.
-            self.base_optimizer.step()
             if self.master_weights:
-                masters.widen_state(self.base_optimizer)
-                masters.prepare(self._groups(), self._slots)
+                self._update(None)  # which makes the state in fp32
+            else:
+                self.base_optimizer.step()
             self._reserve(group for group, _ in self._groups())
             return
         if not (self.allow_plain_step or not self.is_due):

@@ -42,8 +42,10 @@ def rounding_number(number: int) -> int:
     return _ROUNDING + number
 
 
-def check_options(master_weights: Any, stochastic_rounding: Any, param_groups: list[dict[str, Any]]) -> None:
-    """Raise a sentence where the two do not make sense, together or for these parameters.
+def check_options(
+    master_weights: Any, stochastic_rounding: Any, param_groups: list[dict[str, Any]], first: int = 0
+) -> None:
+    """Raise a sentence where the two do not make sense, together or for the groups from the first on.
 
     Raises:
         TypeError: if one is no bool, or both are True.
@@ -60,7 +62,7 @@ def check_options(master_weights: Any, stochastic_rounding: Any, param_groups: l
         )
     if not stochastic_rounding:
         return
-    for index, group in enumerate(param_groups):
+    for index, group in list(enumerate(param_groups))[first:]:
         for position, param in enumerate(group["params"]):
             if param.dtype == torch.float16:
                 raise ValueError(

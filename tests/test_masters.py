@@ -559,6 +559,7 @@ def test_a_checkpoint_before_the_first_step_has_masters_and_state_is_fp32():
     for p in params:
         p.grad = torch.zeros_like(p)
     opt.step()
+    opt.step()  # with the state of the first
     assert same_bits(params, before)
     for entry in opt.state_dict()["state"].values():
         assert entry["exp_avg"].dtype == entry["exp_avg_sq"].dtype == entry["sam_master"].dtype == F32
@@ -600,3 +601,27 @@ def test_lists_of_closures_and_added_groups():
     opt.add_param_group({"params": [more]})
     steps([*params, more], opt)
     assert_rounded([*params, more], opt)
+
+
+@every_base
+def test_distributed_checkpoints_keep_masters_and_wide_state(base):
+    """Torch's own way: state by name, loaded into an optimizer that has taken no step."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    def fresh(seed):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3)).to(BF16)
+        kind, arguments, _ = base
+        return model, SAM(model.parameters(), kind, rho=0.1, master_weights=True, **arguments)
+
+    model, opt = fresh(0)
+    steps(list(model.parameters()), opt, 3)
+    saved = through_a_file({"model": model.state_dict(), "opt": get_optimizer_state_dict(model, opt)})
+    other, resumed = fresh(1)
+    other.load_state_dict(saved["model"])
+    set_optimizer_state_dict(other, resumed, saved["opt"])
+    for each, own in ((model, opt), (other, resumed)):
+        steps(list(each.parameters()), own, 2, seed=9)
+    assert same_bits(model.parameters(), other.parameters())
+    both = [masters_of(list(m.parameters()), o) for m, o in ((model, opt), (other, resumed))]
+    assert same_bits(*both)

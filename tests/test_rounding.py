@@ -290,7 +290,7 @@ def test_float16_is_refused_in_words():
     with pytest.raises(ValueError, match=sentence):
         opt_of(params)
     opt = opt_of(params[:1])
-    with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[0\] is torch.float16"):
+    with pytest.raises(ValueError, match=r"param_groups\[1\]\['params'\]\[0\] is torch.float16"):
         opt.add_param_group({"params": params[1:]})
     assert len(opt.param_groups) == 1
     assert "rounded at random" in str(opt.backends())
