@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import anticipated, combination, lookbehind, ops, perturbation, state
+from . import anticipated, combination, graphs, lookbehind, ops, perturbation, state
 from .checkpoints import Checkpoints
 from .closures import check_closures
 from .construction import (
@@ -44,7 +44,7 @@ from .schedules import ProportionalToLr
 from .selection import Block
 from .slots import Slots
 from .steps import Closure, Steps
-from .tensor_groups import FIXED, collect, lives_on_device
+from .tensor_groups import FIXED, collect, lives_on_device, number
 
 # A step is pending in every phase but the first; in _NOT_DUE and _RESTORED the weights are the user's own.
 _IDLE, _PERTURBED, _NOT_DUE, _RESTORED = "idle", "perturbed", "not due", "restored"
@@ -142,6 +142,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         self.copies_gradients = False
         self._keeps_gradients = False  # zero_grad does nothing
         self._runs_closure = False
+        self._rewrites_tables = False  # before every replay of a graph
+        self._clears_by_zeros = False
         self._slots = Slots()
         self._masks = Masks()
         self._given: set[Tensor] = set()  # parameters whose masks the recipe was asked for
@@ -358,6 +360,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         ahead: Closure | None = None,
         m_sharpness: bool = False,
     ) -> Any:
+        graphs.check_capture(self, "step()")
         if closure is None:
             if self._phase == _IDLE:
                 self._plain_step()
@@ -405,6 +408,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
                 f"{', ahead=...' if isinstance(self.recipe.probe, Anticipated) else ''}); "
                 "first_step/second_step serve one-probe recipes"
             )
+        graphs.check_capture(self, "first_step()")
         if self.recipe.direction.needs_gradient:
             self._require_first_pass()
             self._decay_inside()
@@ -520,7 +524,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             return  # a closure's usual first line; see `step` for lists of closures
         if self._phase != _IDLE and self._has_gradients():
             self._clearings += 1
-        super().zero_grad(set_to_none)
+        super().zero_grad(set_to_none and not self._clears_by_zeros)
 
     @property
     def is_due(self) -> bool:
@@ -562,6 +566,21 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         how = "one pass with the restore" if rule else f"restore, then its own step: {sentence}"
         lines.append(f"base update: {how}")
         return ops.Report("\n".join(lines))
+
+    def capturable(self) -> ops.Report:
+        """Whether a CUDA graph can record and replay steps, or what stands against it; print it.
+
+        Example:
+            >>> import torch
+            >>> from sam_kernels import SAM
+            >>> opt = SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, recipe="looksam", lr=0.1)
+            >>> opt.capturable()
+            not capturable: recipe 'looksam': its cadence decides on the host which steps perturb
+        """
+        sentence = graphs.refusal(self)
+        if sentence is None and not all(group.device.type == "cuda" for group, _ in self._groups()):
+            sentence = "the parameters are on no CUDA device"
+        return ops.Report("capturable" if sentence is None else f"not capturable: {sentence}")
 
     # ---- the passes, in the order of a step ----------------------------------------------------
 
@@ -865,15 +884,16 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             if callable(self.recipe.rho) and index not in self._own_rho:
                 group[self._rho_key] = self.recipe.rho_at(group["sam_step"])
             elif isinstance(self.recipe.rho, ProportionalToLr) and index not in self._own_rho:
-                group[self._rho_key] = self.recipe.rho_at(group["sam_step"], float(group["lr"]))
-            rho = group[self._rho_key]
-            check_rho(rho, f"param_groups[{index}]")
+                group[self._rho_key] = self.recipe.rho_at(group["sam_step"], number(group["lr"]))
+            rho = number(group[self._rho_key])
+            if not isinstance(rho, Tensor):  # which the host would have to wait for
+                check_rho(rho, f"param_groups[{index}]")
             # Maximizing f is minimizing -f: the worst point of the ball then lies down the gradient.
             # Momentum is of the negated gradients already, and noise has no side.
             sign = -1.0 if group.get("maximize", False) and direction.needs_gradient else 1.0
             if self.recipe.decay == "inside" and "weight_decay" in group:
                 group = {**group, "weight_decay": 0.0}  # it is in the gradients already
-            per_group.append((sign * factor * float(rho), eps, *state.scalars(rule, group)))
+            per_group.append((sign * factor * rho, eps, *state.scalars(rule, group)))
         for tensor_group, _ in served:
             rows = [(float(metric), eta, *per_group[index]) for index, metric, eta in tensor_group.keys]
             tensor_group.write_table(rows)

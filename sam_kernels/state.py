@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from .tensor_groups import TensorGroup, has_none, lives_on_device
+from .tensor_groups import TensorGroup, has_none, number
 
 # Flags under which torch's own step differs from what `descend_` computes.
 _UNFUSED_FLAGS = ("amsgrad", "capturable", "differentiable")
@@ -50,12 +50,12 @@ def scalars(rule: str | None, group: dict[str, Any]) -> tuple[float | Tensor, ..
     """
     if rule is None:
         return ()
-    shared = (_number(group["lr"]), _number(group["weight_decay"]), float(bool(group["maximize"])))
+    shared = (number(group["lr"]), number(group["weight_decay"]), float(bool(group["maximize"])))
     if rule == "sgd":
         return (
             *shared,
-            _number(group["momentum"]),
-            _number(group["dampening"]),
+            number(group["momentum"]),
+            number(group["dampening"]),
             float(bool(group["nesterov"])),
         )
     beta1, beta2 = group["betas"]
@@ -65,9 +65,9 @@ def scalars(rule: str | None, group: dict[str, Any]) -> tuple[float | Tensor, ..
         0.0,
         0.0,
         0.0,
-        _number(beta1),
-        _number(beta2),
-        _number(group["eps"]),
+        number(beta1),
+        number(beta2),
+        number(group["eps"]),
         float(bool(decoupled)),
     )
 
@@ -222,10 +222,6 @@ def _fit(base: Optimizer, group: TensorGroup, name: str, tensors: list[Any]) -> 
 
 def _empty_like(param: Tensor) -> Tensor:
     return torch.empty_like(param, requires_grad=False)
-
-
-def _number(value: Any) -> float | Tensor:
-    return value if lives_on_device(value) else float(value)
 
 
 _NOTHING: dict[str, Any] = {}
