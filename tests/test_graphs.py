@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fixtures import assert_close, base_state, same_bits, values, why_not
+from fixtures import assert_close, backends, base_state, same_bits, values, why_not
 from tape import Spy, like_an_accelerator, record
 from torch import nn
 
@@ -257,16 +257,24 @@ def eager(model, opt, number):
     return opt.step(closure)
 
 
+def taken_with(base, names=CAPTURED):
+    return [(name, base) for name in names if name != "sampa"]
+
+
+@pytest.mark.parametrize(
+    "backend", [case for case in backends() if case.values[0] in ("foreach", "emulated")]
+)
 @pytest.mark.parametrize(
     ("name", "base"),
-    [(name, base) for name in CAPTURED for base in ("sgd", "adamw") if name != "sampa"]
-    + [("sam", "sgd without momentum"), ("sam", "adam")],
+    [*taken_with("sgd"), *taken_with("adamw", ["gsam", "lookbehind_sam", "sam", "vasso", "wsam"])]
+    + taken_with("sgd without momentum", ["sam"])
+    + taken_with("adam", ["sam"]),
 )
-def test_replayed_steps_are_the_steps_taken(name, base, taped):
+def test_replayed_steps_are_the_steps_taken(name, base, backend, taped):
     recipe = recipes.nosam(types=(nn.BatchNorm1d,)) if name == "nosam" else recipes.get(name)
     bound = None if name == "wsam" else 0.5
     models = net(), net()
-    opts = [around(model, recipe, base, max_grad_norm=bound) for model in models]
+    opts = [around(model, recipe, base, backend, max_grad_norm=bound) for model in models]
     step = taped(models[0], opts[0])
     for _ in range(3):
         eager(models[1], opts[1], 0)
