@@ -319,7 +319,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         backward: weights are restored in every case, and updated with unscaled gradients unless one is not
         finite. Recipes that take more from the first gradient than its direction must know the scale sooner
         and say so; ``scaler.step(opt, closure)`` serves all, after a backward of its own for the scaler to
-        look at. An overflow inside the closure skips the step, and the scaler does not hear of it.
+        look at. An overflow inside the closure skips the step, and the scaler does not hear of it. Call its
+        ``unscale_`` after the second backward or not at all.
 
         Args:
             closure: recomputes the loss, calls backward and returns the loss; or a list of such functions.

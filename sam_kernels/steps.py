@@ -28,7 +28,6 @@ from .policies import (
 from .recipe import Recipe
 from .rng import Replay
 from .running_stats import frozen
-from .scaling import is_scale_free
 from .slots import Slots
 
 Closure = Callable[..., Any]
@@ -69,7 +68,7 @@ class Steps:
     _revalidate: Callable[[], None]
     _abandon: Callable[[], None]
     _guarded: Callable[[Tensor | None], Tensor | None]
-    _unscale: Callable[[], None]
+    _unscale_if_tied: Callable[[], None]
     zero_grad: Callable[..., None]
     closure_kwargs: Callable[[int], dict[str, Any]]
 
@@ -147,8 +146,7 @@ class Steps:
         """The gradient at one point: the sum over all closures, as autograd adds it up."""
         with nullcontext() if self.rng == "advance" else self._replay.around(probe, self._devices()):
             losses = self._evaluate_sum(closures, probe)
-        if not is_scale_free(self.recipe):
-            self._unscale()
+        self._unscale_if_tied()
         self._decay_inside()
         return losses
 

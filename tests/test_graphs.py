@@ -191,6 +191,32 @@ def test_a_step_after_the_first_asks_nothing_of_the_host(name, base, under_scale
     assert not spy.found
 
 
+@pytest.mark.parametrize("name", ["sam", "gsam", "gnp", "wsam", "samar"])
+def test_two_steps_under_a_scaler_ask_nothing_of_the_host(name, monkeypatch):
+    model = net("meta")
+    opt = around(model, recipes.get(name), "adamw")
+
+    x, y = batch(0, "meta")
+
+    def step():
+        loss_fn(model, x, y).backward()
+        opt.first_step(zero_grad=True)
+        loss_fn(model, x, y).backward()
+        opt.grad_scale, opt.found_inf = (torch.ones((), device="meta") for _ in range(2))
+        opt.step()
+        del opt.grad_scale, opt.found_inf
+        opt.zero_grad()
+
+    real = torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda x: True if x.is_meta else real(x))
+    for _ in range(2):
+        step()
+    monkeypatch.undo()
+    with Spy() as spy:
+        step()
+    assert not spy.found
+
+
 def test_rates_and_radii_on_the_device_are_not_read(monkeypatch):
     for options in ({"rho": None}, {"recipe": ProportionalToLr(0.5, 0.1, 0.2, 0.0)}):
         model = net("meta")
