@@ -10,7 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import anticipated, combination, distributed, imitations, lookbehind, masters, ops, perturbation, state
+from . import (
+    anticipated,
+    combination,
+    distributed,
+    graphs,
+    imitations,
+    lookbehind,
+    masters,
+    ops,
+    perturbation,
+    state,
+)
 from .checkpoints import Checkpoints
 from .closures import check_closures, has_hooks_alone, mark_left
 from .construction import (
@@ -46,7 +57,7 @@ from .selection import Block
 from .sharding import flat_shardings
 from .slots import Slots
 from .steps import Closure, Steps
-from .tensor_groups import FIXED, collect, lives_on_device
+from .tensor_groups import FIXED, collect, lives_on_device, number
 
 # A step is pending in every phase but the first; in _NOT_DUE and _RESTORED the weights are the user's own.
 _IDLE, _PERTURBED, _NOT_DUE, _RESTORED = "idle", "perturbed", "not due", "restored"
@@ -169,6 +180,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         self._keeps_gradients = False  # zero_grad does nothing
         self._runs_closure = False
         self._has_warned = False
+        self._rewrites_tables = False  # before every replay of a graph
+        self._clears_by_zeros = False
         self._slots = Slots()
         self._masks = Masks()
         self._reserved_words: dict[Tensor, Tensor] = {}
@@ -359,7 +372,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         backward: weights are restored in every case, and updated with unscaled gradients unless one is not
         finite. Recipes that take more from the first gradient than its direction must know the scale sooner
         and say so; ``scaler.step(opt, closure)`` serves all, after a backward of its own for the scaler to
-        look at. An overflow inside the closure skips the step, and the scaler does not hear of it.
+        look at. An overflow inside the closure skips the step, and the scaler does not hear of it. Call its
+        ``unscale_`` after the second backward or not at all.
 
         Args:
             closure: recomputes the loss, calls backward and returns the loss; or a list of such functions.
@@ -403,6 +417,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         ahead: Closure | None = None,
         m_sharpness: bool = False,
     ) -> Any:
+        graphs.check_capture(self, "step()")
         if closure is None:
             if self._phase == _IDLE:
                 self._plain_step()
@@ -450,6 +465,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
                 f"{', ahead=...' if isinstance(self.recipe.probe, Anticipated) else ''}); "
                 "first_step/second_step serve one-probe recipes"
             )
+        graphs.check_capture(self, "first_step()")
         if self.recipe.direction.needs_gradient:
             self._require_first_pass()
             self._decay_inside()
@@ -569,7 +585,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             return  # a closure's usual first line; see `step` for lists of closures
         if self._phase != _IDLE and self._has_gradients():
             self._clearings += 1
-        super().zero_grad(set_to_none)
+        super().zero_grad(set_to_none and not self._clears_by_zeros)
 
     @property
     def is_due(self) -> bool:
@@ -644,6 +660,21 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         if self.master_weights:
             with torch.no_grad():
                 masters.prepare(self._groups(), self._slots, anyway=True)
+
+    def capturable(self) -> ops.Report:
+        """Whether a CUDA graph can record and replay steps, or what stands against it; print it.
+
+        Example:
+            >>> import torch
+            >>> from sam_kernels import SAM
+            >>> opt = SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, recipe="looksam", lr=0.1)
+            >>> opt.capturable()
+            not capturable: recipe 'looksam': its cadence decides on the host which steps perturb
+        """
+        sentence = graphs.refusal(self)
+        if sentence is None and not all(group.device.type == "cuda" for group, _ in self._groups()):
+            sentence = "the parameters are on no CUDA device"
+        return ops.Report("capturable" if sentence is None else f"not capturable: {sentence}")
 
     # ---- the passes, in the order of a step ----------------------------------------------------
 
@@ -970,15 +1001,16 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             if callable(self.recipe.rho) and index not in self._own_rho:
                 group[self._rho_key] = self.recipe.rho_at(group["sam_step"])
             elif isinstance(self.recipe.rho, ProportionalToLr) and index not in self._own_rho:
-                group[self._rho_key] = self.recipe.rho_at(group["sam_step"], float(group["lr"]))
-            rho = group[self._rho_key]
-            check_rho(rho, f"param_groups[{index}]")
+                group[self._rho_key] = self.recipe.rho_at(group["sam_step"], number(group["lr"]))
+            rho = number(group[self._rho_key])
+            if not isinstance(rho, Tensor):  # which the host would have to wait for
+                check_rho(rho, f"param_groups[{index}]")
             # Maximizing f is minimizing -f: the worst point of the ball then lies down the gradient.
             # Momentum is of the negated gradients already, and noise has no side.
             sign = -1.0 if group.get("maximize", False) and direction.needs_gradient else 1.0
             if self.recipe.decay == "inside" and "weight_decay" in group:
                 group = {**group, "weight_decay": 0.0}  # it is in the gradients already
-            per_group.append((sign * factor * float(rho), eps, *state.scalars(rule, group)))
+            per_group.append((sign * factor * rho, eps, *state.scalars(rule, group)))
         for tensor_group, _ in served:
             rows = [(float(metric), eta, *per_group[index]) for index, metric, eta in tensor_group.keys]
             tensor_group.write_table(rows)

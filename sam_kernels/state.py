@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .sharding import local, wrapped
-from .tensor_groups import TensorGroup, has_none, lives_on_device
+from .tensor_groups import TensorGroup, has_none, number
 
 # State of the shape of its parameter, and spread over ranks like it; Adam's step is neither.
 _LIKE_WEIGHTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
@@ -54,12 +54,12 @@ def scalars(rule: str | None, group: dict[str, Any]) -> tuple[float | Tensor, ..
     """
     if rule is None:
         return ()
-    shared = (_number(group["lr"]), _number(group["weight_decay"]), float(bool(group["maximize"])))
+    shared = (number(group["lr"]), number(group["weight_decay"]), float(bool(group["maximize"])))
     if rule == "sgd":
         return (
             *shared,
-            _number(group["momentum"]),
-            _number(group["dampening"]),
+            number(group["momentum"]),
+            number(group["dampening"]),
             float(bool(group["nesterov"])),
         )
     beta1, beta2 = group["betas"]
@@ -69,9 +69,9 @@ def scalars(rule: str | None, group: dict[str, Any]) -> tuple[float | Tensor, ..
         0.0,
         0.0,
         0.0,
-        _number(beta1),
-        _number(beta2),
-        _number(group["eps"]),
+        number(beta1),
+        number(beta2),
+        number(group["eps"]),
         float(bool(decoupled)),
     )
 
@@ -242,10 +242,6 @@ def _fit(base: Optimizer, group: TensorGroup, name: str, tensors: list[Any]) -> 
 
 def _empty_like(param: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(param, dtype=dtype, requires_grad=False)
-
-
-def _number(value: Any) -> float | Tensor:
-    return value if lives_on_device(value) else float(value)
 
 
 _NOTHING: dict[str, Any] = {}

@@ -31,7 +31,6 @@ from .recipe import Recipe
 from .rng import Replay
 from .rounding import Rounding, rounding_number
 from .running_stats import frozen
-from .scaling import is_scale_free
 from .sharding import fsdp_modules
 from .slots import Slots
 
@@ -80,7 +79,7 @@ class Steps:
     _revalidate: Callable[[], None]
     _abandon: Callable[[], None]
     _guarded: Callable[[Tensor | None], Tensor | None]
-    _unscale: Callable[[], None]
+    _unscale_if_tied: Callable[[], None]
     zero_grad: Callable[..., None]
     closure_kwargs: Callable[[int], dict[str, Any]]
 
@@ -158,8 +157,7 @@ class Steps:
         """The gradient at one point: the sum over all closures, as autograd adds it up."""
         with nullcontext() if self.rng == "advance" else self._replay.around(probe, self._devices()):
             losses = self._evaluate_sum(closures, probe)
-        if not is_scale_free(self.recipe):
-            self._unscale()
+        self._unscale_if_tied()
         self._decay_inside()
         return losses
 

@@ -56,6 +56,11 @@ def lives_on_device(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
+def number(value: Any) -> float | Tensor:
+    """A hyperparameter as a number, or the tensor that the device has it in."""
+    return value.detach() if lives_on_device(value) else float(value)
+
+
 def is_capturing(device: torch.device) -> bool:
     """Whether torch's current stream on the device records a CUDA graph."""
     if device.type != "cuda":
