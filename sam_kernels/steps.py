@@ -56,6 +56,7 @@ class Steps:
     _micro_batch: int
     _has_warned: bool  # of gradients that a closure drops
     _is_scaled: bool
+    _clears_by_zeros: bool
     _parts: int
     _swapped: tuple[Served, combination.Lists] | None
     _had_gradients: bool
@@ -189,16 +190,22 @@ class Steps:
 
     def _evaluate(self, closure: Closure, probe: int) -> Any:
         """The gradient of one closure in place of those that are there."""
-        if probe == 0 and self._micro_batch == 0 and not self._has_warned and not self._is_scaled:
-            self._has_warned = are_dropped(self.param_groups)
-            if self._has_warned:
-                warn_of_dropped()
+        if probe == 0 and self._micro_batch == 0:
+            self._warn_of_dropped()
         self.zero_grad()
         self._clearings = 0  # none that the user has asked for
         # Under autocast around a whole step, the casts of weights that have moved since would be used again.
         torch.clear_autocast_cache()
         with torch.enable_grad():
             return closure(**self.closure_kwargs(probe))
+
+    def _warn_of_dropped(self) -> None:
+        """Once, and not where a scaler asks for a backward beforehand or gradients have fixed places."""
+        if self._has_warned or self._is_scaled or self._clears_by_zeros:
+            return
+        self._has_warned = are_dropped(self.param_groups)
+        if self._has_warned:
+            warn_of_dropped()
 
     def _averages(self, probe: int) -> bool:
         """Whether the gradients of a pass are those of all ranks; see note [whose perturbation]."""
