@@ -251,8 +251,14 @@ class Plan {
 
   // How many there have been. Counted here, where no signal can come between a perturbation and its count.
   std::int64_t perturbations() const { return perturbations_; }
+  // Of a group with masters they stand where snapshots would. number: by tensor, for stochastic rounding, or
+  // empty.
   void perturb(std::uintptr_t table, int shape, double q, std::uintptr_t peak, std::uintptr_t norm,
-               std::uintptr_t tensor_scale) {
+               std::uintptr_t tensor_scale, bool has_masters, std::uint64_t seed, std::uint32_t step,
+               const std::vector<std::uint32_t>& number) {
+    if (!number.empty() && number.size() != numel_.size()) {
+      throw std::invalid_argument("perturb_: stochastic rounding needs a number for every tensor");
+    }
     // Only tensors that were handed a snapshot buffer are perturbed.
     for (std::size_t t = 0; t < numel_.size(); ++t) {
       if (tables_[kSnapshots].data[t] == nullptr) tables_[kGrads].data[t] = nullptr;
@@ -260,11 +266,14 @@ class Plan {
     samk_perturb_args args{};
     args.params = list(kParams);
     args.grads = list(kGrads);
-    args.snapshots = list(kSnapshots);
+    (has_masters ? args.masters : args.snapshots) = list(kSnapshots);
     args.masks = list(kMasks);
     args.offsets = list(kOffsets);
     args.row = row_.data();
     args.table = at<const double>(table);
+    args.number = number.empty() ? nullptr : number.data();
+    args.seed = seed;
+    args.step = step;
     args.shape = shape;
     args.q = q;
     args.peak = at<const double>(peak);
@@ -275,10 +284,10 @@ class Plan {
     ++perturbations_;
   }
 
-  void restore() const {
+  void restore(bool has_masters) const {
     samk_restore_args args{};
     args.params = list(kParams);
-    args.snapshots = list(kSnapshots);
+    (has_masters ? args.masters : args.snapshots) = list(kSnapshots);
     args.masks = list(kMasks);
     args.offsets = list(kOffsets);
     args.queue = queue_;
@@ -368,11 +377,11 @@ class Plan {
   // fresh: an empty list says that no momentum buffer is. with_momentum: by row of the table, whether it has
   // any.
   void descend(std::uintptr_t table, int rule, const py::list& fresh, const std::vector<bool>& with_momentum,
-               std::uintptr_t guard, std::uintptr_t found_inf, std::uintptr_t inv_scale) {
+               std::uintptr_t guard, std::uintptr_t found_inf, std::uintptr_t inv_scale, bool has_masters) {
     samk_descend_args args{};
     args.params = list(kParams);
     args.grads = list(kGrads);
-    args.snapshots = list(kSnapshots);
+    (has_masters ? args.masters : args.snapshots) = list(kSnapshots);
     args.masks = list(kMasks);
     args.offsets = list(kOffsets);
     args.row = row_.data();
@@ -393,6 +402,7 @@ class Plan {
       require("exp_avg_sq", kList1);
       require("step", kSteps);
     }
+    if (has_masters) require("masters", kSnapshots);
     args.workspace = workspace_;
     args.queue = queue_;
     run([&] { return library_->descend(plan_, &args); });

@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define SAMK_ABI_VERSION 5
+#define SAMK_ABI_VERSION 6
 
 enum samk_dtype { SAMK_F32 = 0, SAMK_F64 = 1, SAMK_BF16 = 2, SAMK_F16 = 3 };
 
@@ -102,9 +102,10 @@ SAMK_API void samk_plan_destroy(samk_plan* plan);
 SAMK_API int64_t samk_plan_workspace_bytes(const samk_plan* plan);
 
 // out[0] = sum (or max) over tensors with data and a row that is not SAMK_FIXED of moment(T * g).
-// params may be absent unless a row is SAMK_ADAPTIVE. A NaN or infinity in any gradient that
-// counts makes out[0] non-finite, whatever the moment. out[0] is then taken to the power 1/root.
-// A row that is SAMK_FISHER is measured in squares: with another moment the sum of its tensors is NaN.
+// params may be absent unless a row is SAMK_ADAPTIVE, and may be fp32, as masters are, beside half gradients.
+// A NaN or infinity in any gradient that counts makes out[0] non-finite, whatever the moment. out[0] is then
+// taken to the power 1/root. A row that is SAMK_FISHER is measured in squares: with another moment the sum of
+// its tensors is NaN.
 typedef struct samk_sq_norm_args {
   samk_list grads, params;
   samk_list masks;  // note: [masks]; where there are some, only elements whose bit is set count
@@ -132,7 +133,12 @@ SAMK_API int samk_sq_norm(const samk_plan*, const samk_sq_norm_args*);
 // before it is written, and the gradient is gone afterwards. Lists do not overlap otherwise.
 //
 // Where a tensor has a master, that fp32 weight is the truth and w its rounded copy: w = round(master + ...),
-// and no snapshot is written or needed.
+// and no snapshot is written or needed. In a list of masters a tensor without one is not perturbed.
+//
+// note: [stochastic rounding]
+// With `number`, bf16 weights without masters are rounded up or down at random, up with the probability that
+// makes the mean of the result what was rounded: 16 random bits are added below those that stay. The bits are
+// a function of seed, step, number[t] and the element's place in memory; see sixteen_of in math/random.h.
 typedef struct samk_perturb_args {
   samk_list params, grads, snapshots, masters;
   samk_list masks;    // note: [masks]; elements whose bit is clear keep their bits
@@ -144,13 +150,16 @@ typedef struct samk_perturb_args {
   const double* peak;
   const double* norm;          // device scalar
   const double* tensor_scale;  // NULL, or [count]
+  const uint32_t* number;      // NULL for rounding to nearest, or by tensor; note: [stochastic rounding]
+  uint64_t seed;               // these two with `number`
+  uint32_t step;
   samk_queue queue;
 } samk_perturb_args;
 SAMK_API int samk_perturb(const samk_plan*, const samk_perturb_args*);
 
-// w = snapshot, where there is one.
+// w = snapshot, where there is one. With masters instead: w = round(master), where there is one.
 typedef struct samk_restore_args {
-  samk_list params, snapshots;
+  samk_list params, snapshots, masters;
   samk_list masks, offsets;  // those of the perturbation
   samk_queue queue;
 } samk_restore_args;
@@ -197,7 +206,8 @@ SAMK_API int samk_noise(const samk_plan*, const samk_noise_args*);
 // The base optimizer's update, reading the snapshot in place of w where there is one and writing w
 // once. A tensor with a snapshot and no gradient is restored; one with neither is left alone.
 // If *guard is not finite, or *found_inf is not 0: w = snapshot and nothing else moves, step counters
-// included. Where a tensor has a master, that is what is read and updated, and w its rounded copy.
+// included. Where a tensor has a master, that is what is read and updated, and w its rounded copy; the state
+// is then fp32 too. In a list of masters a tensor without one is left alone.
 typedef struct samk_descend_args {
   samk_list params, grads, snapshots, masters;
   samk_list masks, offsets;  // those of the perturbation

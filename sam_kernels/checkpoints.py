@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import masters
 from .bitmask import count_words
 from .masks import Masks
-from .perturbation import Measure
+from .perturbation import Measure, Served
 from .policies import Anticipated, Remembering, ReuseOrthogonal, Sparse
 from .recipe import Recipe
 from .slots import SCALARS, Slots, key_of
@@ -39,6 +40,8 @@ class Checkpoints(Optimizer):
     _check_ours: Callable[[Any, str], None]
     _adopt_group: Callable[[int], None]
     _retire_groups: Callable[[], None]
+    _groups: Callable[[], Served]
+    master_weights: bool
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and ours, in torch's own layout; never snapshots.
@@ -51,6 +54,9 @@ class Checkpoints(Optimizer):
         self._require_idle("state_dict()")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
+        if self.master_weights:
+            with torch.no_grad():
+                masters.prepare(self._groups(), self._slots)
         state_dict = self._with_ours(self.base_optimizer.state_dict())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
@@ -82,7 +88,12 @@ class Checkpoints(Optimizer):
         self._masks.check(words)
         Slots.check(tensors, scalars)
         self._warn_if_lost(state_dict, tensors)
+        masters.check_loaded(tensors, self.master_weights)
         self.base_optimizer.load_state_dict(state_dict)
+        if self.master_weights:
+            entries = state_dict["state"]
+            saved = {p: entries[n] for n, p in self._by_number(state_dict) if n in entries}
+            masters.widen_state(self.base_optimizer, saved)
         self._masks.load(words)
         self._slots.load(tensors, scalars)
         self._reserved_words = {}

@@ -93,9 +93,10 @@ def combine(served: Served, rule: Combine, held: Held, slots: Slots, guard: Tens
         write_back(group, own[-1])
     if isinstance(rule, AdaptiveRatio):
         new = rule.advance(dots[0], scalars)
-        slots.scalars.update(
-            {name: torch.where(safe[0], new[name].reshape(()), value) for name, value in scalars.items()}
-        )
+        for name, value in scalars.items():
+            # In place: a CUDA graph reads in every replay where the one before has written.
+            value.copy_(torch.where(safe[0], new[name].reshape(()), value))
+            slots.scalars[name] = value
 
 
 def reuse(served: Served, rule: ReuseOrthogonal, slots: Slots) -> None:

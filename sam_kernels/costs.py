@@ -14,8 +14,6 @@ from .policies import Anticipated
 from .recipe import Recipe
 from .tensor_groups import ADAPTIVE, TensorGroup
 
-_FLOAT = 4  # bytes; costs are those of fp32 parameters
-
 _SHAPES = ((256, 4), (64,), (128, 8))
 
 
@@ -26,8 +24,8 @@ class Cost:
     Attributes:
         gradients: forward and backward passes.
         passes: calls of each pass of `sam_kernels.backends.Backend`, one launch each.
-        bytes: memory traffic of these per fp32 parameter, the base optimizer's update included.
-        memory: bytes per fp32 parameter that are kept beyond parameters, gradients and the base's own state.
+        bytes: memory traffic of these per parameter, the base optimizer's update included.
+        memory: bytes per parameter that are kept beyond parameters, gradients and the base's own state.
     """
 
     gradients: int = 0
@@ -67,13 +65,16 @@ class Counting:
         return counted
 
 
-def cost(recipe: Recipe, base: Any = torch.optim.SGD, **base_kwargs: Any) -> tuple[Cost, Cost | None]:
+def cost(
+    recipe: Recipe, base: Any = torch.optim.SGD, *, dtype: torch.dtype = torch.float32, **base_kwargs: Any
+) -> tuple[Cost, Cost | None]:
     """The cost of a step that perturbs, and of one that does not, None where every step perturbs.
 
     Args:
         recipe: what to count.
         base: class of the base optimizer (default SGD, with momentum 0.9 unless base_kwargs say otherwise).
-        **base_kwargs: for the base.
+        dtype: of the parameters (default float32).
+        **base_kwargs: for the base, and for `SAM`, e.g. master_weights.
 
     Example:
         >>> from sam_kernels import recipes
@@ -85,10 +86,10 @@ def cost(recipe: Recipe, base: Any = torch.optim.SGD, **base_kwargs: Any) -> tup
     if base is torch.optim.SGD:
         base_kwargs = {"momentum": 0.9, **base_kwargs}
     generator = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in _SHAPES]
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in _SHAPES]
     named = [(f"layer{i}.weight", p) for i, p in enumerate(params)]
     named[1] = ("norm.weight", params[1])
-    grads = [torch.randn(shape, generator=generator) for shape in _SHAPES]
+    grads = [torch.randn(shape, generator=generator).to(dtype) for shape in _SHAPES]
     opt = SAM(named, base, recipe=recipe, backend="reference", **{"lr": 0.01, **base_kwargs})
     total = sum(p.numel() for p in params)
     taken = {"gradients": 0}
@@ -112,13 +113,11 @@ def cost(recipe: Recipe, base: Any = torch.optim.SGD, **base_kwargs: Any) -> tup
                 step.passes[name] = step.passes.get(name, 0) + count
             step.bytes += counting.cost.bytes
             step.memory += group.buffer_bytes() / total
-        step.memory += (
-            sum(x.numel() * _FLOAT for own in opt._slots.tensors.values() for x in own.values()) / total
-        )
+        step.memory += sum(_size(list(own.values())) for own in opt._slots.tensors.values()) / total
         step.memory += opt._masks.nbytes() / total
         perturbs = "perturb_" in step.passes
         if perturbs:  # gradients that are held beyond the ones in `.grad`
-            step.memory += _FLOAT * (recipe.combine.gradients - 1)
+            step.memory += dtype.itemsize * (recipe.combine.gradients - 1)
         found[perturbs] = step
     return found.get(True, found.get(False, Cost())), found.get(False) if True in found else None
 
@@ -153,27 +152,30 @@ def _plain(backend: Any) -> Backend:
 
 
 def _size(tensors: list[Any]) -> int:
-    return sum(x.numel() for x in tensors if x is not None) * _FLOAT
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
 
 def _sq_norm(group: TensorGroup, *, of: str = "gradient", **_: Any) -> float:
     counted = [g if takes else None for g, takes in zip(group.grads, group.participates, strict=True)]
     measured = [
-        p if group.keys[r][1] == ADAPTIVE else None for p, r in zip(group.params, group.row, strict=True)
+        w if group.keys[r][1] == ADAPTIVE else None for w, r in zip(group.weights, group.row, strict=True)
     ]
     return _size(counted) + (_size(measured) if of == "gradient" else 0)
 
 
 def _perturb(group: TensorGroup, norm: Tensor, **_: Any) -> float:
-    moved = [
-        p if g is not None and s is not None else None
+    both = [
+        (p, s)
         for p, g, s in zip(group.params, group.grads, group.snapshots, strict=True)
+        if g is not None and s is not None
     ]
-    return 4 * _size(moved)
+    weights, kept = _size([p for p, _ in both]), _size([s for _, s in both])
+    # Gradient and weight are read, weight and snapshot written; a master is read, and the weight is not.
+    return 3 * weights + kept if group.masters is None else 2 * weights + kept
 
 
 def _restore(group: TensorGroup) -> float:
-    return 2 * _size(group.snapshots)
+    return _size(group.snapshots) + _size(group.perturbed())
 
 
 def _grad_stats(group: TensorGroup, lists: list[list[Any]], **_: Any) -> float:
@@ -204,7 +206,10 @@ def _mark(group: TensorGroup, ranks: Any, masks: list[Any], **_: Any) -> float:
 def _descend(group: TensorGroup, rule: str, slots: dict[str, list[Any]], **_: Any) -> float:
     moved = [p if g is not None else None for p, g in zip(group.params, group.grads, strict=True)]
     state = ("momentum_buffer",) if rule == "sgd" else ("exp_avg", "exp_avg_sq")
-    return 3 * _size(moved) + 2 * sum(_size(slots[name]) for name in state)
+    masters = [] if group.masters is None else group.snapshots
+    # Gradient and weight are read, the weight is written; with masters it is only written, and they are both.
+    weights = 3 * _size(moved) if group.masters is None else 2 * _size(moved) + 2 * _size(masters)
+    return weights + 2 * sum(_size(slots[name]) for name in state)
 
 
 _TRAFFIC: dict[str, Callable[..., float]] = {

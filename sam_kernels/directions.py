@@ -22,7 +22,8 @@ _MOMENTA = ("momentum_buffer", "exp_avg")
 # note: [where a direction lives]
 # A direction is read by the norm and by the perturbation that follows it, and by nothing afterwards; the
 # snapshots are written by that perturbation. So a direction is made in the buffers of the snapshots, and no
-# memory is taken for it: `perturb_` reads an element of it before it writes the snapshot there.
+# memory is taken for it: `perturb_` reads an element of it before it writes the snapshot there. Groups with
+# fp32 masters have no snapshots, and theirs is made in scratch.
 
 
 def aim_at_noise(
@@ -41,8 +42,11 @@ def aim_at_momentum(group: TensorGroup, base: Optimizer) -> None:
     found = [
         next((entry[name] for name in _MOMENTA if entry.get(name) is not None), None) for entry in entries
     ]
+    found = list(map(local, found))
+    if group.masters is not None:  # state is fp32 there, and lists of one pass have one dtype
+        found = [None if v is None else group.scratch(t).copy_(v) for t, v in enumerate(found)]
     triples = zip(found, group.params, group.owners, strict=True)
-    group.aim([fitted(local(v), p) if v is not None and o.requires_grad else None for v, p, o in triples])
+    group.aim([fitted(v, p) if v is not None and o.requires_grad else None for v, p, o in triples])
 
 
 def aim_past_memory(
@@ -119,7 +123,8 @@ def _guarded(group: TensorGroup, rows: list[tuple[float, float]], is_safe: Tenso
 
 def _buffers(group: TensorGroup, wanted: list[Tensor | None]) -> list[Tensor | None]:
     """Where the direction of each wanted tensor goes; see note [where a direction lives]."""
-    is_taken = group.is_perturbed  # noise came first, and the snapshots are of before it
+    # Noise came first, and the snapshots are of before it; or masters stand in their place.
+    is_taken = group.is_perturbed or group.masters is not None
     group.grads = wanted
     if not is_taken:
         group.take_snapshots()

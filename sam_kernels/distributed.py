@@ -38,6 +38,11 @@ class Ranks:
         self._replicas = replicas
         self._is_pass_averaged = True
 
+    @property
+    def are_several(self) -> bool:
+        """Whether something averages gradients over them."""
+        return self._ddp is not None or self._replicas is not None
+
     @contextmanager
     def averaging(self, is_pass_averaged: bool, is_last: bool = True) -> Iterator[None]:
         """Around forward and backward.

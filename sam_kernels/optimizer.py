@@ -10,7 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import anticipated, combination, distributed, imitations, lookbehind, ops, perturbation, state
+from . import (
+    anticipated,
+    combination,
+    distributed,
+    graphs,
+    imitations,
+    lookbehind,
+    masters,
+    ops,
+    perturbation,
+    state,
+)
 from .checkpoints import Checkpoints
 from .closures import check_closures, has_hooks_alone, mark_left
 from .construction import (
@@ -39,13 +50,14 @@ from .policies import (
 )
 from .recipe import Recipe, check_adaptive, check_rho
 from .rng import Replay, check_rng
+from .rounding import check_options, warn_if_swallowed
 from .scaling import Scaling
 from .schedules import ProportionalToLr
 from .selection import Block
 from .sharding import flat_shardings
 from .slots import Slots
 from .steps import Closure, Steps
-from .tensor_groups import FIXED, collect, lives_on_device
+from .tensor_groups import FIXED, collect, lives_on_device, number
 
 # A step is pending in every phase but the first; in _NOT_DUE and _RESTORED the weights are the user's own.
 _IDLE, _PERTURBED, _NOT_DUE, _RESTORED = "idle", "perturbed", "not due", "restored"
@@ -89,6 +101,12 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             on after the step as after one pass: of torch's default generators, on the CPU and the devices of
             the parameters. In the two-step form the first pass must then run inside `first_pass`. "advance"
             (default) lets each pass draw its own.
+        master_weights: keep an fp32 weight beside each bfloat16 or float16 parameter. That is the truth, and
+            the parameter its rounded copy: perturbed from it, restored to it, updated through it, with
+            fp32 state, in place of snapshots. Needs a base whose update is fused, and one probe. Kept in
+            checkpoints as ``sam_master``. Writes through ``p.data`` need `refresh_masters`.
+        stochastic_rounding: round perturbed bfloat16 weights up or down at random, so that their mean is
+            exact; the same bits on every backend. Weights without a bfloat16 are rounded as always.
         **base_kwargs: for the base optimizer's class, e.g. lr, momentum, weight_decay.
 
     Attributes:
@@ -132,6 +150,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         across_ranks: str = distributed.SYNCED,
         replicas: Any = None,
         rng: Literal["advance", "replay"] = "advance",
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
         **base_kwargs: Any,
     ) -> None:
         chosen = choose_recipe(recipe, rho, adaptive)
@@ -141,6 +161,11 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         self._rho_key, self._adaptive_key = own_keys(self.base_optimizer)
         check_decay(chosen, self.base_optimizer)
         check_momentum(chosen, self.base_optimizer)
+        check_options(master_weights, stochastic_rounding, self.base_optimizer.param_groups)
+        if master_weights:
+            masters.check(chosen, self.base_optimizer)
+        self.master_weights, self.stochastic_rounding = master_weights, stochastic_rounding
+        self._ascents = 0  # of the present step, beyond the first
         self.recipe = chosen
         self.backend = backend
         self.model = model
@@ -155,6 +180,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         self._keeps_gradients = False  # zero_grad does nothing
         self._runs_closure = False
         self._has_warned = False
+        self._rewrites_tables = False  # before every replay of a graph
+        self._clears_by_zeros = False
         self._slots = Slots()
         self._masks = Masks()
         self._reserved_words: dict[Tensor, Tensor] = {}
@@ -173,6 +200,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         warn_if_names_are_missing(chosen, self.param_groups, model)
         served = self._groups()  # refuses now what could not be served later
         distributed.warn_if_gathered_weights_may_stay([group for group, _ in served], model)
+        if not (master_weights or stochastic_rounding):
+            warn_if_swallowed([group for group, _ in served])
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -214,7 +243,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             base_optimizer: an instance, possibly with state already.
             recipe: as in the constructor.
             **kwargs: rho, adaptive, backend, model, allow_plain_step, max_grad_norm, across_ranks,
-                replicas, rng.
+                replicas, rng, master_weights, stochastic_rounding.
 
         Raises:
             TypeError: if base_optimizer is not an instance.
@@ -273,6 +302,9 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         last = len(self.param_groups) - 1
         try:
             check_momentum(self.recipe, self.base_optimizer)
+            check_options(self.master_weights, self.stochastic_rounding, self.param_groups, last)
+            if self.master_weights:
+                masters.check(self.recipe, self.base_optimizer)
             self._adopt_group(last)
             self._retire_groups()
             self._groups()
@@ -340,7 +372,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         backward: weights are restored in every case, and updated with unscaled gradients unless one is not
         finite. Recipes that take more from the first gradient than its direction must know the scale sooner
         and say so; ``scaler.step(opt, closure)`` serves all, after a backward of its own for the scaler to
-        look at. An overflow inside the closure skips the step, and the scaler does not hear of it.
+        look at. An overflow inside the closure skips the step, and the scaler does not hear of it. Call its
+        ``unscale_`` after the second backward or not at all.
 
         Args:
             closure: recomputes the loss, calls backward and returns the loss; or a list of such functions.
@@ -384,6 +417,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         ahead: Closure | None = None,
         m_sharpness: bool = False,
     ) -> Any:
+        graphs.check_capture(self, "step()")
         if closure is None:
             if self._phase == _IDLE:
                 self._plain_step()
@@ -431,6 +465,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
                 f"{', ahead=...' if isinstance(self.recipe.probe, Anticipated) else ''}); "
                 "first_step/second_step serve one-probe recipes"
             )
+        graphs.check_capture(self, "first_step()")
         if self.recipe.direction.needs_gradient:
             self._require_first_pass()
             self._decay_inside()
@@ -550,7 +585,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             return  # a closure's usual first line; see `step` for lists of closures
         if self._phase != _IDLE and self._has_gradients():
             self._clearings += 1
-        super().zero_grad(set_to_none)
+        super().zero_grad(set_to_none and not self._clears_by_zeros)
 
     @property
     def is_due(self) -> bool:
@@ -588,10 +623,58 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             lines.append(f"{group!r}: {backend.name}")
             _, refusals = ops.resolve(group, self.backend)
             lines += [f"  passed over {name}: {sentence}" for name, sentence in refusals.items()]
+        if self.master_weights:
+            lines.append("bfloat16 and float16 weights: rounded from fp32 masters, no snapshots")
+        if self.stochastic_rounding:
+            lines.append("perturbed bfloat16 weights: rounded at random")
         rule, sentence = state.fused_rule(self.base_optimizer)
         how = "one pass with the restore" if rule else f"restore, then its own step: {sentence}"
         lines.append(f"base update: {how}")
         return ops.Report("\n".join(lines))
+
+    def refresh_masters(self) -> None:
+        """Look at the weights now: where one is no rounded copy of its master, the master is made from it.
+
+        For weights that were written through ``p.data``, which advances no version counter. Any other
+        write, as of `torch.nn.Module.load_state_dict`, is noticed in the next step.
+
+        Raises:
+            RuntimeError: while weights are perturbed.
+
+        Example:
+            >>> import torch
+            >>> from sam_kernels import SAM
+            >>> w = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+            >>> opt = SAM([w], torch.optim.SGD, lr=0.1, master_weights=True)
+            >>> (w**2).sum().backward()
+            >>> opt.first_step(zero_grad=True)
+            >>> (w**2).sum().backward()
+            >>> opt.second_step()
+            >>> w.data.fill_(5.0)
+            tensor([5., 5., 5.], dtype=torch.bfloat16)
+            >>> opt.refresh_masters()
+            >>> opt.state_dict()["state"][0]["sam_master"]
+            tensor([5., 5., 5.])
+        """
+        self._require_idle("refresh_masters()")
+        if self.master_weights:
+            with torch.no_grad():
+                masters.prepare(self._groups(), self._slots, anyway=True)
+
+    def capturable(self) -> ops.Report:
+        """Whether a CUDA graph can record and replay steps, or what stands against it; print it.
+
+        Example:
+            >>> import torch
+            >>> from sam_kernels import SAM
+            >>> opt = SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, recipe="looksam", lr=0.1)
+            >>> opt.capturable()
+            not capturable: recipe 'looksam': its cadence decides on the host which steps perturb
+        """
+        sentence = graphs.refusal(self)
+        if sentence is None and not all(group.device.type == "cuda" for group, _ in self._groups()):
+            sentence = "the parameters are on no CUDA device"
+        return ops.Report("capturable" if sentence is None else f"not capturable: {sentence}")
 
     # ---- the passes, in the order of a step ----------------------------------------------------
 
@@ -629,6 +712,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             if group.is_perturbed:
                 # Not the restore of the backend: that one may be what failed.
                 group.copy_back()
+                group.count_moved()
             # Of the others too: the buffers of snapshots may hold a direction by now.
             perturbation.forget(group)
             group.drop_gradients()
@@ -715,6 +799,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
     def _update(self, guard: Tensor | None, clip: Tensor | None = None) -> None:
         """Restore the weights, and let the base step with the present gradients times `clip`."""
         rule, _ = state.fused_rule(self.base_optimizer)
+        if self.master_weights:
+            masters.check(self.recipe, self.base_optimizer)  # a flag or a hook may have come since
         if rule is not None:
             self._descend_fused(rule, guard, clip)
             self._restore()  # what was skipped
@@ -793,6 +879,9 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
 
     def _descend_fused(self, rule: str, guard: Tensor | None, clip: Tensor | None = None) -> None:
         served = self._read_gradients()
+        if self.master_weights:
+            masters.prepare(served, self._slots)
+            masters.begin_descent(served)
         if clip is not None:
             # The factor of the fused update is a float32, too short for these.
             combination.scale([(g, b) for g, b in served if g.dtype == torch.float64], clip)
@@ -816,6 +905,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             if clip is not None and group.dtype != torch.float64:
                 factor = clip.to(group.device, torch.float32)
             backend.descend_(group, rule, slots, guard=on_device, inv_scale=factor)  # type: ignore[arg-type]
+            group.count_moved()
             perturbation.forget(group)
             state.adopt(self.base_optimizer, group, slots)
         for group, _ in served:
@@ -829,7 +919,10 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         no_rate = all(lr is not None and not lives_on_device(lr) and float(lr) == 0.0 for lr in lrs)
         if no_rate and self.is_due and not self._is_scaled:
             # torch's distributed checkpoint asks for a step like this to make the state exist.
-            self.base_optimizer.step()
+            if self.master_weights:
+                self._update(None)  # which makes the state in fp32
+            else:
+                self.base_optimizer.step()
             self._reserve(group for group, _ in self._groups())
             return
         if not (self.allow_plain_step or not self.is_due):
@@ -908,15 +1001,16 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             if callable(self.recipe.rho) and index not in self._own_rho:
                 group[self._rho_key] = self.recipe.rho_at(group["sam_step"])
             elif isinstance(self.recipe.rho, ProportionalToLr) and index not in self._own_rho:
-                group[self._rho_key] = self.recipe.rho_at(group["sam_step"], float(group["lr"]))
-            rho = group[self._rho_key]
-            check_rho(rho, f"param_groups[{index}]")
+                group[self._rho_key] = self.recipe.rho_at(group["sam_step"], number(group["lr"]))
+            rho = number(group[self._rho_key])
+            if not isinstance(rho, Tensor):  # which the host would have to wait for
+                check_rho(rho, f"param_groups[{index}]")
             # Maximizing f is minimizing -f: the worst point of the ball then lies down the gradient.
             # Momentum is of the negated gradients already, and noise has no side.
             sign = -1.0 if group.get("maximize", False) and direction.needs_gradient else 1.0
             if self.recipe.decay == "inside" and "weight_decay" in group:
                 group = {**group, "weight_decay": 0.0}  # it is in the gradients already
-            per_group.append((sign * factor * float(rho), eps, *state.scalars(rule, group)))
+            per_group.append((sign * factor * rho, eps, *state.scalars(rule, group)))
         for tensor_group, _ in served:
             rows = [(float(metric), eta, *per_group[index]) for index, metric, eta in tensor_group.keys]
             tensor_group.write_table(rows)

@@ -94,6 +94,7 @@ def perturb(served: Served, found: Measure) -> None:
             except BaseException:
                 _disown(group, backend, before)
                 raise
+            group.count_moved()
             group.drop_gradients()
     except BaseException:
         restore(served)
@@ -113,6 +114,8 @@ def _disown(group: TensorGroup, backend: Backend, before: list[Any]) -> None:
 
     Torch's operators write the snapshot of a tensor before the tensor, and count it.
     """
+    if group.masters is not None:
+        return  # nothing is saved, and the rounded masters are the weights whatever was written
     group.snapshots = [
         s if then != now else None
         for s, then, now in zip(group.snapshots, before, _written(group, backend), strict=True)
@@ -124,11 +127,14 @@ def restore(served: Served) -> None:
     for group, backend in served:
         if group.is_perturbed:
             backend.restore_(group)
+            group.count_moved()
             forget(group)
 
 
 def forget(group: TensorGroup) -> None:
     """The weights of the group are no longer perturbed."""
+    if group.is_perturbed:
+        group.settle()
     group.is_perturbed = False
     group.drop_snapshots()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from .policies import (
     Anticipate,
@@ -180,7 +180,7 @@ class Recipe:
         """Gradients evaluated in a step that perturbs."""
         return self.probe.gradients - (not self.direction.needs_gradient)
 
-    def rho_at(self, step: int, lr: float | None = None) -> float:
+    def rho_at(self, step: int, lr: Any = None) -> Any:
         """The radius at step number `step`, or at that learning rate."""
         if isinstance(self.rho, ProportionalToLr):
             return self.rho.rho_max if lr is None else self.rho.at(lr)

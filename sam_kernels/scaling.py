@@ -113,7 +113,8 @@ class Scaling:
     @property
     def _scale_left(self) -> Tensor | None:
         """The scale that the gradients still have when the base is to get them; None for 1."""
-        return self._scale if is_scale_free(self.recipe) else None
+        scale = self._scale
+        return scale if scale is not None and is_scale_free(self.recipe) else None
 
     def _guarded(self, norm: Tensor | None) -> Tensor | None:
         """A guard that is not finite either where the scaler has found a gradient that is not."""
@@ -140,10 +141,10 @@ class Scaling:
         Those of a closure the scaler has not seen, and a sum in half precision may be out of range where what
         it has seen is not.
         """
+        if not self._is_scaled or self._runs_closure:
+            return self._is_scaled
         is_sum = self.recipe.combine.gradients > 1
-        return self._is_scaled and (
-            self._runs_closure or (is_sum and any(g.dtype == torch.float16 for g, _ in self._groups()))
-        )
+        return is_sum and any(group.dtype == torch.float16 for group, _ in self._groups())
 
     def _meet_scaler(self, is_pending: bool, is_decayed: bool) -> None:
         """Before a step without a closure: refuse what cannot be right, unscale what is to be.
@@ -175,7 +176,7 @@ class Scaling:
                     "leave out scaler.unscale_(opt), and clip by SAM(..., max_grad_norm=)"
                 )
         elif not is_scale_free(recipe):
-            self._unscale()
+            self._unscale_if_tied()
             for lists in self._held:
                 self._divide(self._held_of, lists)
 
@@ -193,9 +194,9 @@ class Scaling:
             )
 
     @torch.no_grad()
-    def _unscale(self) -> None:
-        """``g /= scale`` for the present gradients."""
-        if self._scale is None:
+    def _unscale_if_tied(self) -> None:
+        """``g /= scale`` for the present gradients, where the recipe is not scale-free."""
+        if self._scale is None or is_scale_free(self.recipe):
             return
         served = self._read_gradients()
         lists = [group.grads for group, _ in served]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from .policies.checks import check_number
 
@@ -42,9 +45,12 @@ class ProportionalToLr:
                 "be at most lr_max"
             )
 
-    def at(self, lr: float) -> float:
-        """The radius at a learning rate."""
+    def at(self, lr: Any) -> Any:
+        """The radius at a learning rate, a number or a tensor; the radius is then likewise."""
         if self.lr_max == self.lr_min:
             return float(self.rho_max)
+        if isinstance(lr, Tensor):
+            part = ((lr - self.lr_min) / (self.lr_max - self.lr_min)).clamp(0.0, 1.0)
+            return self.rho_min + (self.rho_max - self.rho_min) * part
         share = min(max((float(lr) - self.lr_min) / (self.lr_max - self.lr_min), 0.0), 1.0)
         return self.rho_min + (self.rho_max - self.rho_min) * share

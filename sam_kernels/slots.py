@@ -13,7 +13,10 @@ from .tensor_groups import TensorGroup
 
 _PREFIX = "sam_"
 
-NAMES = ("ema", "orthogonal", "anticipated")
+MASTER = "master"
+"""The one that is float32 whatever the parameter is; see `sam_kernels.masters`."""
+
+NAMES = ("ema", "orthogonal", "anticipated", MASTER)
 """The tensors there may be, under ``sam_<name>`` in the state of a parameter."""
 
 SCALARS = ("lambda", "previous_norm", "mean", "variance")
@@ -52,8 +55,8 @@ class Slots:
                     f"{_PREFIX}{name} has shape {tuple(slot.shape)} and its parameter {tuple(p.shape)}: the "
                     "parameter has changed its size since; build the optimizer anew"
                 )
-            if slot is not None and not _fits(slot, p):
-                found[t] = own[group.owners[t]] = torch.empty_like(p, requires_grad=False).copy_(slot)
+            if slot is not None and not _fits(name, slot, p):
+                found[t] = own[group.owners[t]] = _empty_like(name, p).copy_(slot)
         return found
 
     def put(self, name: str, group: TensorGroup, tensors: Iterable[Tensor | None]) -> None:
@@ -104,7 +107,7 @@ class Slots:
         self.clear_reserved()
         for param, own in tensors.items():
             for name, tensor in own.items():
-                kept = torch.empty_like(param, requires_grad=False).copy_(tensor)
+                kept = _empty_like(name, param).copy_(tensor)
                 self.tensors.setdefault(name, {})[param] = local(kept)
         self.scalars = dict(scalars)
 
@@ -128,5 +131,13 @@ class Slots:
                     )
 
 
-def _fits(slot: Tensor, param: Tensor) -> bool:
-    return (slot.dtype, slot.device, slot.stride()) == (param.dtype, param.device, param.stride())
+def _dtype(name: str, param: Tensor) -> torch.dtype:
+    return torch.float32 if name == MASTER else param.dtype
+
+
+def _fits(name: str, slot: Tensor, param: Tensor) -> bool:
+    return (slot.dtype, slot.device, slot.stride()) == (_dtype(name, param), param.device, param.stride())
+
+
+def _empty_like(name: str, param: Tensor) -> Tensor:
+    return torch.empty_like(param, dtype=_dtype(name, param), requires_grad=False)

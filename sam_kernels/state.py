@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .sharding import local, wrapped
-from .tensor_groups import TensorGroup, has_none, lives_on_device
+from .tensor_groups import TensorGroup, has_none, number
 
 # State of the shape of its parameter, and spread over ranks like it; Adam's step is neither.
 _LIKE_WEIGHTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
@@ -54,12 +54,12 @@ def scalars(rule: str | None, group: dict[str, Any]) -> tuple[float | Tensor, ..
     """
     if rule is None:
         return ()
-    shared = (_number(group["lr"]), _number(group["weight_decay"]), float(bool(group["maximize"])))
+    shared = (number(group["lr"]), number(group["weight_decay"]), float(bool(group["maximize"])))
     if rule == "sgd":
         return (
             *shared,
-            _number(group["momentum"]),
-            _number(group["dampening"]),
+            number(group["momentum"]),
+            number(group["dampening"]),
             float(bool(group["nesterov"])),
         )
     beta1, beta2 = group["betas"]
@@ -69,9 +69,9 @@ def scalars(rule: str | None, group: dict[str, Any]) -> tuple[float | Tensor, ..
         0.0,
         0.0,
         0.0,
-        _number(beta1),
-        _number(beta2),
-        _number(group["eps"]),
+        number(beta1),
+        number(beta2),
+        number(group["eps"]),
         float(bool(decoupled)),
     )
 
@@ -142,7 +142,7 @@ def _momentum(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict
         fresh = [False] * len(buffers)
         for t in created:
             fresh[t] = True
-            buffers[t] = _empty_like(group.params[t])
+            buffers[t] = _empty_like(group.params[t], group.kept_dtype)
     group.cache["created"] = created
     return {"momentum_buffer": buffers, "fresh": fresh}
 
@@ -182,7 +182,7 @@ def _moments(
         device = group.device if beside else torch.device("cpu")
         moments["step"][t] = torch.zeros((), dtype=torch.float32, device=device)
         for name in ("exp_avg", "exp_avg_sq"):
-            moments[name][t] = torch.zeros_like(group.params[t], requires_grad=False)
+            moments[name][t] = _empty_like(group.params[t], group.kept_dtype).zero_()
     group.cache["created"] = created
     group.cache["moments"] = moments if group.has_all_grads else None
     return moments
@@ -226,9 +226,13 @@ def _fit(base: Optimizer, group: TensorGroup, name: str, tensors: list[Any]) -> 
                 f"{name} of parameter {t} has shape {tuple(tensor.shape)}; expected {tuple(param.shape)}. "
                 "The state that was loaded belongs to another model"
             )
-        if (tensor.stride(), tensor.dtype, tensor.device) == (param.stride(), param.dtype, param.device):
+        if (tensor.stride(), tensor.dtype, tensor.device) == (
+            param.stride(),
+            group.kept_dtype,
+            param.device,
+        ):
             continue
-        tensors[t] = _empty_like(param).copy_(tensor)
+        tensors[t] = _empty_like(param, group.kept_dtype).copy_(tensor)
         owner = group.owners[t]
         base.state[owner][name] = wrapped(tensors[t], owner)
     # Ids alone could be reused after a free; holding the tensors keeps them honest.
@@ -236,12 +240,8 @@ def _fit(base: Optimizer, group: TensorGroup, name: str, tensors: list[Any]) -> 
     group.cache[f"held {name}"] = list(tensors)
 
 
-def _empty_like(param: Tensor) -> Tensor:
-    return torch.empty_like(param, requires_grad=False)
-
-
-def _number(value: Any) -> float | Tensor:
-    return value if lives_on_device(value) else float(value)
+def _empty_like(param: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(param, dtype=dtype, requires_grad=False)
 
 
 _NOTHING: dict[str, Any] = {}

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from . import combination, directions, perturbation, probing, state
+from . import combination, directions, masters, perturbation, probing, state
 from .closures import are_dropped, warn_of_dropped
 from .combination import Held
 from .distributed import Ranks
@@ -30,8 +29,8 @@ from .policies import (
 )
 from .recipe import Recipe
 from .rng import Replay
+from .rounding import Rounding, rounding_number
 from .running_stats import frozen
-from .scaling import is_scale_free
 from .sharding import fsdp_modules
 from .slots import Slots
 
@@ -66,6 +65,9 @@ class Steps:
     copies_gradients: bool
     rng: str
     _replay: Replay
+    master_weights: bool
+    stochastic_rounding: bool
+    _ascents: int
     _groups: Callable[[], Served]
     _write_tables: Callable[[Served], None]
     _begin_masks: Callable[[Served], None]
@@ -77,7 +79,7 @@ class Steps:
     _revalidate: Callable[[], None]
     _abandon: Callable[[], None]
     _guarded: Callable[[Tensor | None], Tensor | None]
-    _unscale: Callable[[], None]
+    _unscale_if_tied: Callable[[], None]
     zero_grad: Callable[..., None]
     closure_kwargs: Callable[[int], dict[str, Any]]
 
@@ -155,8 +157,7 @@ class Steps:
         """The gradient at one point: the sum over all closures, as autograd adds it up."""
         with nullcontext() if self.rng == "advance" else self._replay.around(probe, self._devices()):
             losses = self._evaluate_sum(closures, probe)
-        if not is_scale_free(self.recipe):
-            self._unscale()
+        self._unscale_if_tied()
         self._decay_inside()
         return losses
 
@@ -206,12 +207,9 @@ class Steps:
         return probe + 1 >= self.recipe.gradients
 
     def _weights_have_moved(self) -> None:
-        """What others made of the weights before is of no use: what FSDP2 gathered, what autograd saved."""
+        """What FSDP2 gathered of the weights before is of no use."""
         for module in fsdp_modules(self.model):
             module.reshard()
-        for group, _ in self._served or []:
-            if group.has_dtensors:  # passes count what they write into local tensors, of which they know
-                increment_version(group.owners)
 
     # ---- ascent --------------------------------------------------------------------------------
 
@@ -235,6 +233,10 @@ class Steps:
         is_first = not is_further or isinstance(self.recipe.probe, RandomStart)
         if not is_further:
             self._forget_held()
+            if self.master_weights:
+                masters.prepare(served, self._slots)
+        if self.stochastic_rounding:
+            self._draw_roundings(served, is_further)
         if self.recipe.direction.needs_gradient:
             self._read_gradients(served)
         if is_first and self._keeps_first:
@@ -298,6 +300,21 @@ class Steps:
                 directions.aim_past_memory(group, backend, direction, self._slots, guard)
             return guard
         return None
+
+    def _draw_roundings(self, served: Served, is_further: bool) -> None:
+        """Let the perturbation that follows round bf16 weights at random, by bits of its own."""
+        self._ascents = self._ascents + 1 if is_further else 0
+        seed = directions.seed_of(0, self._micro_batch + (self._ascents << 20))
+        step = self.param_groups[0]["sam_step"] % (1 << 32)
+        for group, _ in served:
+            if group.dtype != torch.bfloat16:
+                continue
+            numbers = group.cache.get("rounding numbers")
+            if numbers is None:
+                places = self._numbers()
+                numbers = [rounding_number(n) for n in directions.own_numbers(group, places)]
+                group.cache["rounding numbers"] = numbers
+            group.rounding = Rounding(seed, step, numbers)
 
     def _draw_tensors(self, served: Served) -> None:
         """Whole tensors are left out by taking their gradients away."""

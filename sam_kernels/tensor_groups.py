@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .bitmask import count_bits, flatten, is_dense, unpack_from
 from .policies import Adaptive, Fisher, Member, Metric
@@ -53,6 +54,11 @@ _ALIGN_BYTES = 64
 def lives_on_device(value: Any) -> bool:
     """Whether a hyperparameter is a tensor that the host would have to wait for."""
     return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def number(value: Any) -> float | Tensor:
+    """A hyperparameter as a number, or the tensor that the device has it in."""
+    return value.detach() if lives_on_device(value) else float(value)
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -99,6 +105,9 @@ class TensorGroup:
         self.table = torch.zeros(len(keys), COLUMNS, dtype=torch.float64, device=self.device)
         self.grads: list[Tensor | None] = [None] * len(params)
         self.snapshots: list[Tensor | None] = [None] * len(params)
+        self.masters: list[Tensor] | None = None  # fp32; they stand where snapshots would
+        self.settled: list[int] | None = None  # versions of weights that are the rounded masters
+        self.rounding: Any = None  # of `sam_kernels.rounding`, for bf16 weights that are rounded at random
         self.masks: list[Tensor | None] | None = None  # words of bits, see `sam_kernels.bitmask`
         self.compact = compact
         self.offsets: list[Tensor | None] | None = None  # by word, its place in a compact snapshot
@@ -225,6 +234,38 @@ class TensorGroup:
         """Whether the metric of any tensor measures weights, so that the norm reads them too."""
         return any(metric == ADAPTIVE for _, metric, _ in self.keys)
 
+    # ---- masters -------------------------------------------------------------------------------
+
+    def set_masters(self, masters: list[Tensor]) -> None:
+        """Keep fp32 weights of which the parameters are the rounded copies; see `sam_kernels.masters`."""
+        self.masters = masters
+        self._buffers = list(masters)
+        self.standing_snapshots = None
+
+    def settle(self) -> None:
+        """The weights are the rounded masters: what changes them from here on is not us."""
+        if self.masters is not None:
+            self.settled = self.versions()
+
+    def versions(self) -> list[int]:
+        """What the version counters of the parameters say; of DTensors those count that users see."""
+        return [p._version for p in self.owners]
+
+    def count_moved(self) -> None:
+        """Weights were written: passes count that on local tensors, of which autograd knows nothing."""
+        if self.has_dtensors:
+            increment_version(self.owners)
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """Of snapshots and of the base optimizer's state."""
+        return self.dtype if self.masters is None else torch.float32
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What metrics measure: the masters where there are any."""
+        return self.params if self.masters is None else self.masters
+
     # ---- gradients -----------------------------------------------------------------------------
 
     def read_gradients(self) -> None:
@@ -330,7 +371,8 @@ class TensorGroup:
 
     def buffer_bytes(self) -> int:
         """Memory of what the group has allocated beside parameters: snapshots and scratch."""
-        lists = (self._buffers, self._scratch, list(self._kept.values()))
+        snapshots = self._buffers if self.masters is None else []  # masters are no buffers of ours
+        lists = (snapshots, self._scratch, list(self._kept.values()))
         return sum(x.numel() * x.element_size() for own in lists for x in own if x is not None)
 
     def scratch_snapshot(self, t: int, snapshot: Tensor) -> Tensor:
@@ -369,6 +411,8 @@ class TensorGroup:
             if snapshot is None or not self.fits(t):
                 continue
             words = None if self.masks is None else self.masks[t]
+            if self.masters is not None:
+                snapshot, words = snapshot.to(self.dtype), None  # of all weights, perturbed or not
             if words is None:
                 param.copy_(snapshot.view_as(param) if snapshot.shape != param.shape else snapshot)
                 continue

@@ -47,6 +47,7 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     import torch
 
     from sam_kernels.ranks import Ranks
+    from sam_kernels.rounding import Rounding
     from sam_kernels.tensor_groups import ADAPTIVE, EUCLIDEAN, FISHER, Column, TensorGroup
 
     one = torch.ones((), dtype=torch.float64)
@@ -59,23 +60,41 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     def words() -> list[Any]:
         return [torch.ones(79, dtype=torch.int64), torch.ones(1, dtype=torch.int64)]
 
-    def group(metric: int = EUCLIDEAN, momentum: float = 0.0, masks: bool = False) -> TensorGroup:
+    def wide() -> list[Any]:
+        return [torch.ones(size) for size in (5000, 3)]
+
+    def group(
+        metric: int = EUCLIDEAN,
+        momentum: float = 0.0,
+        masks: bool = False,
+        masters: bool = False,
+        drawn: bool = False,
+    ) -> TensorGroup:
         made = TensorGroup(tensors(), [0, 0], [(0, metric, 0.01)])
         row = [0.5] * len(Column)
         row[Column.MOMENTUM] = momentum
         made.rows = [tuple(row)]
         made.grads, made.snapshots = tensors(), tensors()
         made.masks = words() if masks else None
+        if masters:
+            made.set_masters(wide())
+            made.take_snapshots()
+            made.snapshots = list(made.masters or ())
+        made.rounding = Rounding(1 << 62, 5, [0, 1]) if drawn else None
         return made
 
-    def sq_norm(metric: int, masked: bool = False, **arguments: Any):
-        return lambda backend: backend.sq_norm(group(metric, masks=masked), masked=masked, **arguments)
+    def sq_norm(metric: int, masked: bool = False, masters: bool = False, **arguments: Any):
+        made = group(metric, masks=masked, masters=masters)
+        return lambda backend: backend.sq_norm(made, masked=masked, **arguments)
 
-    def perturb(metric: int, masks: bool = False, **arguments: Any):
-        return lambda backend: backend.perturb_(group(metric, masks=masks), one, **arguments)
+    def perturb(
+        metric: int, masks: bool = False, masters: bool = False, drawn: bool = False, **arguments: Any
+    ):
+        made = group(metric, masks=masks, masters=masters, drawn=drawn)
+        return lambda backend: backend.perturb_(made, one, **arguments)
 
-    def restore(masks: bool = False):
-        return lambda backend: backend.restore_(group(masks=masks))
+    def restore(masks: bool = False, masters: bool = False):
+        return lambda backend: backend.restore_(group(masks=masks, masters=masters))
 
     def grad_stats(count: int, **by_tensor: bool):
         return lambda backend: backend.grad_stats(group(), [tensors() for _ in range(count)], **by_tensor)
@@ -87,15 +106,17 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     def noise():
         return lambda backend: backend.noise_(group(), tensors(), 1 << 63, 5, [0, 1])
 
-    def sgd(momentum: float = 0.0, masks: bool = False, **checks: Any):
-        slots = {"momentum_buffer": tensors() if momentum else [None, None]}
-        made = group(momentum=momentum, masks=masks)
+    def sgd(momentum: float = 0.0, masks: bool = False, masters: bool = False, **checks: Any):
+        state = wide if masters else tensors
+        slots = {"momentum_buffer": state() if momentum else [None, None]}
+        made = group(momentum=momentum, masks=masks, masters=masters)
         return lambda backend: backend.descend_(made, "sgd", slots, **checks)
 
-    def adam(masks: bool = False, **checks: Any):
-        steps = [torch.zeros(()), torch.zeros(())]
-        slots = {"exp_avg": tensors(), "exp_avg_sq": tensors(), "step": steps}
-        return lambda backend: backend.descend_(group(masks=masks), "adam", slots, **checks)
+    def adam(masks: bool = False, masters: bool = False, **checks: Any):
+        steps, state = [torch.zeros(()), torch.zeros(())], wide if masters else tensors
+        slots = {"exp_avg": state(), "exp_avg_sq": state(), "step": steps}
+        made = group(masks=masks, masters=masters)
+        return lambda backend: backend.descend_(made, "adam", slots, **checks)
 
     def accumulate():
         scores = [torch.zeros(size) for size in (5000, 3)]
@@ -139,6 +160,21 @@ def variants(dtype: str, every: bool) -> Iterator[tuple[str, Callable[[Any], Any
     yield "accumulate", accumulate()
     yield "count", count_ranks()
     yield "mark", mark(within=words())
+    if dtype in ("bfloat16", "float16"):
+        yield "sq_norm square adaptive masters", sq_norm(ADAPTIVE, masters=True, root=2.0)
+        yield "perturb linear masters", perturb(EUCLIDEAN, masters=True)
+        yield "perturb linear adaptive masters", perturb(ADAPTIVE, masters=True)
+        yield "perturb powered adaptive masters", perturb(ADAPTIVE, masters=True, **powered)
+        yield "perturb linear masked masters", perturb(EUCLIDEAN, masks=True, masters=True)
+        yield "restore masters", restore(masters=True)
+        yield "descend sgd masters", sgd(masters=True)
+        yield "descend sgd momentum masters", sgd(0.9, masters=True, guard=one, **amp)
+        yield "descend adam masters", adam(masters=True, guard=one, **amp)
+    if dtype == "bfloat16":
+        yield "perturb linear at random", perturb(EUCLIDEAN, drawn=True)
+        yield "perturb linear adaptive at random", perturb(ADAPTIVE, drawn=True)
+        yield "perturb powered at random", perturb(EUCLIDEAN, drawn=True, **powered)
+        yield "perturb linear masked at random", perturb(EUCLIDEAN, masks=True, drawn=True)
     if not every:
         return
     yield "sq_norm square fisher", sq_norm(FISHER, root=2.0)

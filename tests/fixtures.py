@@ -47,6 +47,9 @@ def backends() -> list:
 
 every_backend = pytest.mark.parametrize("backend", backends())
 
+# Where bf16 weights are rounded to nearest on purpose; tests/test_rounding.py has what is said about it.
+rounds_to_nearest = pytest.mark.filterwarnings(r"ignore:SAM. \d+ bfloat16 parameter:UserWarning")
+
 
 def values(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return detached copies."""

@@ -16,6 +16,7 @@ from fixtures import (
     batches,
     every_backend,
     give_gradients,
+    rounds_to_nearest,
     same_bits,
     small_net,
     values,
@@ -101,6 +102,7 @@ def test_c4_no_gradient_in_the_next_step_leaves_a_parameter_alone(backend):
 
 
 @every_backend
+@rounds_to_nearest
 def test_c5_one_norm_over_groups_and_dtypes(backend):
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     weights = [Parameter(torch.zeros(4, dtype=d)) for d in dtypes]

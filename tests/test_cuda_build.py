@@ -180,7 +180,7 @@ def test_a_pass_without_a_device_fails_and_is_no_crash(library):
     sizes = (ctypes.c_int64 * 3)(5, 0, 100_000)
     plan = ctypes.c_void_p(library.samk_plan_create(sizes, 3))
     assert library.samk_plan_workspace_bytes(plan) > 0
-    # samk_restore_args: three lists, then the queue; every tensor takes part, at addresses nobody reads
+    # samk_restore_args: five lists, then the queue; every tensor takes part, at addresses nobody reads
     addresses = (ctypes.c_void_p * 3)(16, 32, 48)
 
     class List(ctypes.Structure):
@@ -190,13 +190,15 @@ def test_a_pass_without_a_device_fails_and_is_no_crash(library):
         _fields_ = [
             ("params", List),
             ("snapshots", List),
+            ("masters", List),
             ("masks", List),
+            ("offsets", List),
             ("stream", ctypes.c_void_p),
             ("device", ctypes.c_int32),
         ]
 
     one = List(ctypes.addressof(addresses), 0)
-    assert library.samk_restore(plan, ctypes.byref(Restore(one, one, List(), None, 0))) != 0
+    assert library.samk_restore(plan, ctypes.byref(Restore(one, one, List(), List(), List(), None, 0))) != 0
     assert re.match(r"\w.* ", library.samk_last_error().decode())
     library.samk_plan_destroy(plan)
 

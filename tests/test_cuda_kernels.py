@@ -86,12 +86,22 @@ class Perturb(Structure):
         ("peak", c_void_p),
         ("norm", c_void_p),
         ("tensor_scale", c_void_p),
+        ("number", POINTER(c_uint32)),
+        ("seed", c_uint64),
+        ("step", c_uint32),
         ("queue", Queue),
     ]
 
 
 class Restore(Structure):
-    _fields_ = [("params", List), ("snapshots", List), ("masks", List), ("offsets", List), ("queue", Queue)]
+    _fields_ = [
+        ("params", List),
+        ("snapshots", List),
+        ("masters", List),
+        ("masks", List),
+        ("offsets", List),
+        ("queue", Queue),
+    ]
 
 
 class Descend(Structure):

@@ -19,6 +19,7 @@ from fixtures import (
     bits,
     every_backend,
     give_gradients,
+    rounds_to_nearest,
     same_bits,
     small_net,
     squared_error,
@@ -695,6 +696,7 @@ def test_masks_follow_the_oracle(growth, drop, backend):
 
 
 @every_backend
+@rounds_to_nearest
 def test_masks_of_several_dtypes_follow_the_oracle(backend):
     params = four_parameters()
     for i, dtype in ((0, torch.float64), (3, torch.bfloat16)):
@@ -1199,6 +1201,7 @@ COMBINED = {
 @every_base
 @pytest.mark.parametrize("combined", COMBINED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@rounds_to_nearest
 def test_restore_is_bit_exact(dtype, combined, base, backend):
     params = awkward_parameters(dtype, longest=129)
     kind, options = BASES[base]

@@ -20,6 +20,7 @@ from fixtures import (
     batches,
     every_backend,
     give_gradients,
+    rounds_to_nearest,
     same_bits,
     small_net,
     values,
@@ -62,6 +63,7 @@ def two_step(opt, parameters, seed, scale=1.0):
 @every_dtype
 @pytest.mark.parametrize("recipe", ["sam", "asam", "layerwise_sam"])
 @pytest.mark.filterwarnings("ignore:.*name")
+@rounds_to_nearest
 def test_restore_is_bit_exact(recipe, dtype, backend):
     parameters = awkward_parameters(dtype, longest=LONG if recipe == "sam" else 2049)
     # a radius that moves every tensor, also in bfloat16
@@ -397,6 +399,7 @@ def test_norm_of_a_million_elements_is_exact_to_float32(backend):
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@rounds_to_nearest
 def test_half_precision_norms_do_not_overflow(dtype, backend):
     w = Parameter(torch.zeros(1 << 20, dtype=dtype))
     w.grad = torch.full_like(w, 60.0)  # sum of squares 3.8e9, norm 61440
@@ -598,6 +601,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-7, torch.bfloat16: 2e-3, to
 @pytest.mark.parametrize("recipe", ["sam", "asam", "layerwise_sam"])
 @pytest.mark.parametrize("backend", [b for b in BACKENDS[1:] if why_not(b) is None])
 @pytest.mark.filterwarnings("ignore:.*name")
+@rounds_to_nearest
 def test_backends_agree_with_the_reference_at_every_stop(backend, recipe, base, arguments, dtype):
     both = []
     for name in ("reference", backend):

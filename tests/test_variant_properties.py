@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import assert_close, backends, base_state, same_bits, values
+from fixtures import assert_close, backends, base_state, rounds_to_nearest, same_bits, values
 from torch import Tensor
 from torch.nn import Parameter
 from variants import VARIANTS
@@ -526,6 +526,7 @@ MIXED = dict(zip(NAMES, (torch.float32, torch.bfloat16, torch.float32, torch.flo
 
 @three_backends
 @every_row_with_every_base
+@rounds_to_nearest
 def test_weights_of_three_dtypes_train_where_they_lie(base, row, backend):
     problem = Problem(row, base, backend, MIXED)
     start, addresses = problem.now, [w.data_ptr() for w in problem.weights.values()]
@@ -538,6 +539,7 @@ def test_weights_of_three_dtypes_train_where_they_lie(base, row, backend):
 
 @three_backends
 @every_row
+@rounds_to_nearest
 def test_weights_of_three_dtypes_return_to_their_bits(row, backend):
     problem = Problem(row, STILL, backend, MIXED)
     problem.opt.param_groups[0]["weight_decay"] = 0.0

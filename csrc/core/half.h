@@ -49,6 +49,14 @@ SAMK_HD bf16 to_bf16(float value) {
 #endif
 }
 
+// Rounded up or down by 16 random bits, away from 0 where they and the bits that are dropped make a carry.
+// What is a bf16 already stays so; infinity too.
+SAMK_HD bf16 to_bf16_at_random(float value, uint32_t sixteen) {
+  const uint32_t bits = float_to_bits(value);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return {static_cast<uint16_t>(is_nan ? 0x7fc0u : (bits + sixteen) >> 16)};
+}
+
 SAMK_HD float to_float(f16 x) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(x.bits));

@@ -22,6 +22,11 @@ struct Whole {
   SAMK_INLINE void put(T* p, V x, bool streaming = false) const {
     streaming ? stream(p, x) : store(p, x);
   }
+  // Writes the lanes whose bit is set; the others keep their bits. Half types alone.
+  template <class T, class V>
+  SAMK_INLINE void put_where(T* p, uint32_t bits, V x) const {
+    store_where(p, bits, x, x);
+  }
   template <class T>
   SAMK_INLINE void copy(T* to, const T* from, bool streaming) const {
     copy16(to, from, streaming);
@@ -42,6 +47,13 @@ struct Tail {
   SAMK_INLINE void put(T* p, V x, bool = false) const {
     alignas(64) T lanes[kLanes];
     store(lanes, x);
+    std::memcpy(p, lanes, n * sizeof(T));
+  }
+  template <class T, class V>
+  SAMK_INLINE void put_where(T* p, uint32_t bits, V x) const {
+    alignas(64) T lanes[kLanes] = {};
+    std::memcpy(lanes, p, n * sizeof(T));
+    store_where(lanes, bits, x, x);
     std::memcpy(p, lanes, n * sizeof(T));
   }
   template <class T>
@@ -155,6 +167,13 @@ void copy_words(T* to, const T* from, const uint64_t* words, int64_t n, bool str
   });
 }
 
+// w = round(master).
+template <class T>
+void round_chunk(T* w, const float* master, int64_t n, bool streaming) {
+  sweep_streaming(n, streaming,
+                  [&](int64_t i, auto part, auto stream) { part.put(w + i, part.get(master + i), stream); });
+}
+
 // Calls body(i, k) for every element i of the n whose bit is set, the k-th of them.
 template <class Body>
 SAMK_INLINE void for_each_selected(const uint64_t* words, int64_t n, Body body) {
@@ -244,6 +263,17 @@ int check_one_dtype(const char* pass, int32_t dtype, const Lists&... lists) {
   const bool same = ((lists.data == nullptr || lists.dtype == dtype) && ...);
   if (same) return 0;
   return fail(std::string(pass) + ": the lists differ in dtype, and the CPU engine expects one for all");
+}
+
+template <class T>
+constexpr bool is_half = sizeof(T) == 2;
+
+// Masters are fp32 and beside half types.
+inline int check_masters(const char* pass, int32_t dtype, const samk_list& masters) {
+  const bool fits = masters.dtype == SAMK_F32 && (dtype == SAMK_BF16 || dtype == SAMK_F16);
+  if (masters.data == nullptr || fits) return 0;
+  return fail(std::string(pass) +
+              ": masters are served in fp32 beside weights and gradients of one half type");
 }
 
 // The sum over lanes, low to high, in double.

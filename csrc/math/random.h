@@ -41,6 +41,19 @@ SAMK_HD uint32_t random_word(uint64_t seed, uint32_t step, uint32_t tensor, int6
   return element & 2 ? high : low;
 }
 
+// Note: [eight neighbours]. Sixteen random bits for an element; eight of them share the four words of one
+// call.
+SAMK_HD Words random_words_of_eight(uint64_t seed, uint32_t step, uint32_t tensor, int64_t element) {
+  return random_words(seed, step, tensor, element >> 3 << 2);
+}
+
+// Those of element % 8 in the words of its eight: the low half of a word first.
+SAMK_HD uint32_t sixteen_of(const Words& words, int64_t element) {
+  const uint32_t low = element & 2 ? words.x1 : words.x0, high = element & 2 ? words.x3 : words.x2;
+  const uint32_t word = element & 4 ? high : low;
+  return element & 1 ? word >> 16 : word & 0xffffu;
+}
+
 // In [0, 1). 24 bits are what a float holds, so nothing is rounded, 1 is never reached, and every engine gets
 // the same bits.
 SAMK_HD float uniform(uint32_t word) { return static_cast<float>(word >> 8) * 0x1p-24f; }

@@ -149,7 +149,7 @@ void test_passes(int32_t code, int shift, int32_t shape) {
   a.grads.data = a.snapshots.data = boths.data();
   CHECK(samk_perturb(plan.plan, &a) == 0);
   CHECK(same(moved, w));
-  const samk_restore_args back{{moves.data(), code}, {boths.data(), code}, {ms.data(), 0}, {}, {}};
+  const samk_restore_args back{{moves.data(), code}, {boths.data(), code}, {}, {ms.data(), 0}, {}, {}};
   CHECK(samk_restore(plan.plan, &back) == 0);
   CHECK(same(moved, start));
 
@@ -168,7 +168,7 @@ void test_passes(int32_t code, int shift, int32_t shape) {
   CHECK(same(w, start) && same(buffer, kept));
   w.memory = perturbed.memory;
   d.params.data = (ws = w.data()).data();
-  const samk_restore_args r{{ws.data(), code}, {ss.data(), code}, {ms.data(), 0}, {}};
+  const samk_restore_args r{{ws.data(), code}, {ss.data(), code}, {}, {ms.data(), 0}, {}, {}};
   CHECK(samk_restore(plan.plan, &r) == 0);
   CHECK(same(w, start));
   w.memory = perturbed.memory;

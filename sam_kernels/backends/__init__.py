@@ -67,11 +67,14 @@ class Backend(Protocol):
         A gradient may be its own tensor's snapshot: it is read before that is written. Elements that
         ``group.masks`` does not select keep their bits. Of 64 elements whose word is 0 nothing
         need be read or written, the snapshot included; `restore_` and `descend_` do not read it there.
+
+        Where the group has masters they stand in the place of snapshots, in float32, and are only read:
+        ``w = round(master + ...)``. ``group.rounding`` says how bf16 weights are rounded, None to nearest.
         """
         ...
 
     def restore_(self, group: TensorGroup) -> None:
-        """``w = snapshot`` where there is one."""
+        """``w = snapshot`` where there is one, and the rounded master where that stands there."""
         ...
 
     def grad_stats(
@@ -116,7 +119,10 @@ class Backend(Protocol):
         found_inf: Tensor | None = None,
         inv_scale: Tensor | None = None,
     ) -> None:
-        """The base optimizer's update, from the snapshot where there is one; restores only if unsafe."""
+        """The base optimizer's update, from the snapshot where there is one; restores only if unsafe.
+
+        A master that stands there is updated too, and w rounded from it; the state is float32 then.
+        """
         ...
 
     def accumulate_squares_(self, group: TensorGroup, scores: list[Tensor | None]) -> None:

@@ -64,7 +64,7 @@ class Foreach:
             members = [t for t in members if group.params[t].numel()]
             if row[Column.METRIC] == FIXED or not members:
                 continue
-            w = _pick(group.params, members)
+            w = _pick(group.weights, members)
             g = _pick(group.grads, members)
             u = w if of == "weight" else _times(_metric_weights(w, g, row), g)
             if moment == "power":
@@ -117,21 +117,32 @@ class Foreach:
             g = _pick(group.grads, members)
             if any(map(is_, g, snapshots)):
                 g = list(many._foreach_clone(g))
-            many._foreach_copy_(snapshots, w)
+            if group.masters is None:
+                many._foreach_copy_(snapshots, w)
             if finite is False:
                 continue
+            if group.masters is None:
+                values = _wide(w)
+            else:
+                values = list(many._foreach_clone(snapshots))
+                snapshots = [x.to(group.dtype) for x in snapshots]  # the weights as they are
             dtype = _wide_dtype(group.dtype)
             if tensor_scale is None:
                 scale = _known(reference.ascent_scale(norm, row, shape, dtype))
             else:
                 scale = _factors(reference.ascent_scale(norm, row, shape, dtype, tensor_scale), members)
-            _perturb_(w, g, row, scale, shape, q, peak)
+            _perturb_(values, g, row, scale, shape, q, peak)
+            if group.rounding is None:
+                _store_(w, values)
+            else:
+                for x, value, t in zip(w, values, members, strict=True):
+                    torch_random.store_at_random_(x, value, group.rounding, t)
             if finite is not True:
                 _keep_(w, snapshots, finite)
-            for t in members if group.masks is not None else ():
+            for x, old, t in zip(w, snapshots, members, strict=True) if group.masks is not None else ():
                 mask = reference.mask_of(group, t)
                 if mask is not None:
-                    group.params[t].copy_(torch.where(mask, group.params[t], group.snapshots[t]))  # type: ignore[arg-type]
+                    x.copy_(torch.where(mask, x, old))
 
     def restore_(self, group: TensorGroup) -> None:
         if group.offsets is not None:
@@ -213,7 +224,8 @@ class Foreach:
         by_row = _members(group, lambda t: group.grads[t] is not None)
         if safe is False or not by_row:
             return
-        changing = [] if safe is True else _changing(group, rule, slots)
+        targets = group.params if group.masters is None else group.snapshots
+        changing = [] if safe is True else _changing(group, targets, rule, slots)
         before = many._foreach_clone(changing) if changing else []
         for row, members in by_row:
             g = _wide(_pick(group.grads, members))
@@ -222,9 +234,11 @@ class Foreach:
             if row[Column.MAXIMIZE]:
                 g = list(many._foreach_neg(g))
             update_ = _sgd_ if rule == "sgd" else _adam_
-            update_(_pick(group.params, members), g, row, slots, members)
+            update_(_pick(targets, members), g, row, slots, members)
         if changing:
             _keep_(changing, before, safe)
+        if group.masters is not None:
+            self.restore_(group)  # to the new masters, rounded
 
 
 # ---- formulas, on the tensors of one row -----------------------------------------------------------
@@ -259,7 +273,7 @@ def _ratios(u: Tensors, peak: Any, power: Any) -> Tensors:
 
 
 def _perturb_(
-    w: Tensors,
+    values: Tensors,
     g: Tensors,
     row: Row,
     scale: float | Tensor | Sequence[float | Tensor],
@@ -268,7 +282,7 @@ def _perturb_(
     peak: Any,
 ) -> None:
     """``w += scale * T h(T g)``, with one scale for all or one for each."""
-    values, weights = _wide(w), _metric_weights(w, g, row)
+    weights = _metric_weights(values, g, row)
     u = _times(weights, _wide(g))
     if shape == "linear":
         e = u
@@ -280,7 +294,6 @@ def _perturb_(
         _add_(values, e, scale)
     else:
         many._foreach_add_(values, many._foreach_mul(e, scale))
-    _store_(w, values)
 
 
 def _sgd_(w: Tensors, g: Tensors, row: Row, slots: dict[str, list[Any]], members: list[int]) -> None:
@@ -491,11 +504,11 @@ def _keep_(tensors: Tensors, before: Tensors, keep: Any) -> None:
         many._foreach_add_(bits, many._foreach_mul(old, 1 - flag))
 
 
-def _changing(group: TensorGroup, rule: str, slots: dict[str, list[Any]]) -> Tensors:
+def _changing(group: TensorGroup, targets: Sequence[Any], rule: str, slots: dict[str, list[Any]]) -> Tensors:
     """Everything an update writes; what a skipped one must leave, weights already restored."""
     names = ["momentum_buffer"] if rule == "sgd" else ["exp_avg", "exp_avg_sq", "step"]
     moving = [t for t, g in enumerate(group.grads) if g is not None]
-    columns = [group.params, *(slots[name] for name in names)]
+    columns = [targets, *(slots[name] for name in names)]
     return [column[t] for column in columns for t in moving if column[t] is not None]
 
 

@@ -28,7 +28,7 @@ def measured(group: TensorGroup, of: str) -> tuple[Tensor, Tensors, bool]:
     # The weights stand in for the gradients, and no metric multiplies them.
     table = group.table.clone()
     table[:, Column.METRIC].clamp_(max=EUCLIDEAN)
-    weights = [None if g is None else w for w, g in zip(group.params, group.grads, strict=True)]
+    weights = [None if g is None else w for w, g in zip(group.weights, group.grads, strict=True)]
     return table, weights, False
 
 
@@ -51,6 +51,8 @@ def count_write(tensors: list[Any], marks: list[Any], present: int) -> None:
 def count_perturbation(group: TensorGroup, present: int) -> None:
     """What `perturb_` has written: weights and snapshots, `present` of them."""
     count_write(group.params, group.snapshots, present)
+    if group.masters is not None:
+        return  # those are only read
     if group.snapshots is not group.standing_snapshots:  # those are the group's own: no graph holds them
         count_write(group.snapshots, group.snapshots, present)
 
@@ -64,6 +66,8 @@ def count_descent(
         state: the written slots, and how many tensors each has.
         moving: how many parameters have a gradient.
     """
+    if group.masters is not None:
+        count_write(group.masters, group.grads, moving)
     if moving == len(group.params):
         increment_version(group.params)
         for name, present in state.items():

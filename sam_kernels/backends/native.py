@@ -23,7 +23,7 @@ from ..tensor_groups import FISHER, TensorGroup
 from .handover import count_descent, count_perturbation, count_write, has_momentum, measured, scalars
 
 # SAMK_ABI_VERSION of csrc/sam_kernels.h
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 # enum samk_dtype, samk_moment, samk_shape, samk_rule
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -96,9 +96,10 @@ class Native:
         plan = self._plan(group)
         _point_masks(plan, group)
         table, tensors, reads_weights = measured(group, of)
+        kept = _DTYPES[group.kept_dtype]
         if reads_weights:
-            plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
-        plan.point(_native.GRADS, "grads", tensors, _DTYPES[group.dtype])
+            plan.point(_native.PARAMS, "weights", group.weights, kept)
+        plan.point(_native.GRADS, "grads", tensors, kept if of == "weight" else _DTYPES[group.dtype])
         group.cache["native grads"] = tensors
         # Fresh results each time: the caller may hold an earlier one.
         total = torch.empty((), dtype=torch.float64, device=group.device)
@@ -138,7 +139,10 @@ class Native:
         present = _point_snapshots(plan, group)
         _point_masks(plan, group)
         held = [scalars(x, group, torch.float64) for x in (peak, norm, tensor_scale)]
-        plan.perturb(group.table.data_ptr(), _SHAPES[shape], q or 0.0, *map(_at, held))
+        drawn = group.rounding
+        bits = (0, 0, []) if drawn is None else (drawn.seed, drawn.step, drawn.numbers)
+        has_masters = group.masters is not None
+        plan.perturb(group.table.data_ptr(), _SHAPES[shape], q or 0.0, *map(_at, held), has_masters, *bits)
         count_perturbation(group, present)
 
     def perturbations(self, group: TensorGroup) -> int:
@@ -151,7 +155,7 @@ class Native:
         plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
         present = _point_snapshots(plan, group)
         _point_masks(plan, group)
-        plan.restore()
+        plan.restore(group.masters is not None)
         count_write(group.params, group.snapshots, present)
 
     def grad_stats(
@@ -211,9 +215,10 @@ class Native:
         _point_snapshots(plan, group)
         _point_masks(plan, group)
         state = {"momentum_buffer": 0} if rule == "sgd" else {"exp_avg": 0, "exp_avg_sq": 0}
+        kept = group.kept_dtype
         for i, name in enumerate(state):
             tensors = slots[name]
-            state[name] = plan.point(_native.LISTS + i, name, tensors, code, group.dtype, hold=True)
+            state[name] = plan.point(_native.LISTS + i, name, tensors, _DTYPES[kept], kept, hold=True)
         if rule == "adam":
             counters, float32 = slots["step"], torch.float32
             state["step"] = plan.point(_native.STEPS, "step", counters, _DTYPES[float32], float32, hold=True)
@@ -228,6 +233,7 @@ class Native:
             _at(guard),
             _at(found_inf),
             _at(inv_scale),
+            group.masters is not None,
         )
         count_descent(group, slots, state, moving)
 
@@ -388,7 +394,7 @@ def _point_snapshots(plan: Any, group: TensorGroup) -> int:
     snapshots = group.snapshots
     if group.offsets is not None:  # one of no elements has no address, yet its tensor takes part
         snapshots = [x if x is None or x.numel() else _SOMEWHERE for x in snapshots]
-    present: int = plan.point(_native.SNAPSHOTS, "snapshots", snapshots, _DTYPES[group.dtype])
+    present: int = plan.point(_native.SNAPSHOTS, "snapshots", snapshots, _DTYPES[group.kept_dtype])
     group.cache["native snapshots"] = group.snapshots if standing else None
     return present
 

@@ -174,6 +174,15 @@ def whole_snapshot(group: TensorGroup, t: int) -> Tensor | None:
     return whole
 
 
+def rounded(x: Tensor, group: TensorGroup, t: int) -> Tensor:
+    """Perturbed weights of tensor t as they are stored."""
+    if group.rounding is None:
+        return x.to(group.dtype)
+    moved = torch.empty_like(group.params[t])
+    torch_random.store_at_random_(moved, x, group.rounding, t)
+    return moved
+
+
 def chosen(u: Tensor, mask: Tensor | None) -> Tensor:
     """The elements under the mask, 0 elsewhere."""
     return u if mask is None else torch.where(mask, u, torch.zeros_like(u))
@@ -202,7 +211,7 @@ class Reference:
         masked: bool = False,
     ) -> Tensor:
         parts = torch.zeros(len(group.params), dtype=torch.float64, device=group.device)
-        for t, (w, g, row) in enumerate(zip(group.params, group.grads, rows_of(group), strict=True)):
+        for t, (w, g, row) in enumerate(zip(group.weights, group.grads, rows_of(group), strict=True)):
             if g is None or row[Column.METRIC] == FIXED or w.numel() == 0:
                 continue
             w, g = opmath(w), opmath(g)
@@ -230,15 +239,16 @@ class Reference:
             if snapshot is None or g is None:
                 continue
             mask, g = mask_of(group, t), g.clone() if g is snapshot else g
-            snapshot.copy_(flatten(w)[flatten(mask)] if group.is_compact(t) else w)  # type: ignore[arg-type]
+            if group.masters is None:
+                snapshot.copy_(flatten(w)[flatten(mask)] if group.is_compact(t) else w)  # type: ignore[arg-type]
             if not torch.isfinite(norm):
                 continue
-            wide = opmath(w)
+            wide = opmath(w) if group.masters is None else snapshot
             scale = ascent_scale(
                 norm, row, shape, wide.dtype, 1.0 if tensor_scale is None else tensor_scale[t]
             )
             largest = None if peak is None else peak.to(wide.dtype)
-            moved = perturb(wide, opmath(g), scale, row, shape, q, largest).to(w.dtype)
+            moved = rounded(perturb(wide, opmath(g), scale, row, shape, q, largest), group, t)
             # A choice, not a product: what is not selected keeps its bits, and 0 times inf is none.
             w.copy_(moved if mask is None else torch.where(mask, moved, w))
 
@@ -298,7 +308,10 @@ class Reference:
                 if snapshot is not None:
                     w.copy_(snapshot)
                 continue
-            descend_one_(w, g, snapshot, row, rule, slots, t, inv_scale)
+            new = descend_one_(w, g, snapshot, row, rule, slots, t, inv_scale)
+            if group.masters is not None:
+                snapshot.copy_(new)  # type: ignore[union-attr]
+            w.copy_(new)
 
 
 def descend_one_(
@@ -310,8 +323,8 @@ def descend_one_(
     slots: dict[str, list[Any]],
     t: int,
     inv_scale: Tensor | None,
-) -> None:
-    """The update of tensor t, from its snapshot where there is one."""
+) -> Tensor:
+    """The new weights of tensor t, from its snapshot where there is one; the state is written."""
     start, g = opmath(w if snapshot is None else snapshot), opmath(g)
     if inv_scale is not None:
         g = g * inv_scale.to(g.dtype)
@@ -327,7 +340,7 @@ def descend_one_(
         new, new_mean, new_square = adam(start, g, opmath(mean), opmath(square), step.item(), row)
         mean.copy_(new_mean)
         square.copy_(new_square)
-    w.copy_(new)
+    return new
 
 
 def _weighted_sum(weights: list[float], xs: list[Tensor | None]) -> Tensor:

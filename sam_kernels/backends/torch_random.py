@@ -7,6 +7,7 @@ and none has to be stored.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,6 +117,45 @@ def noise_(group: TensorGroup, outs: list[Tensor | None], seed: int, step: int, 
             flat[first : first + size] = normal(seed, step, number, first, size, group.device)
         if not is_dense(out):
             out.copy_(flat.view(out.shape))
+
+
+# ---- stochastic rounding ---------------------------------------------------------------------------
+
+
+def rounding_bits(seed: int, step: int, tensor: int, first: int, size: int, device: torch.device) -> Tensor:
+    """16 random bits for each element from `first`, a multiple of 8, on; int32 [size].
+
+    Eight elements share the words of one call, see note [eight neighbours] in csrc/math/random.h.
+    """
+    eight = torch.arange(first // 8, (first + size + 7) // 8, device=device)
+    words = torch.stack(random_words(seed, step, tensor, eight), dim=1)
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=2)
+    return halves.flatten()[:size].to(torch.int32)
+
+
+def to_bf16_at_random(values: Tensor, sixteen: Tensor) -> Tensor:
+    """float32 to bfloat16, up or down by 16 random bits; see csrc/core/half.h."""
+    rounded = (values.view(torch.int32) + sixteen >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(values.isnan(), torch.full_like(rounded, float("nan")), rounded)
+
+
+def store_at_random_(w: Tensor, values: Tensor, rounding: Any, t: int) -> None:
+    """``w = values``, rounded at random.
+
+    Args:
+        w: bfloat16, tensor t of its group.
+        values: float32 in the strides of w where that is dense.
+        rounding: of `sam_kernels.rounding`.
+    """
+    is_flat = is_dense(w)
+    source = flatten(values) if is_flat else values.reshape(-1)
+    out = flatten(w) if is_flat else torch.empty_like(source, dtype=w.dtype)
+    for first in range(0, w.numel(), _SLICE):
+        size = min(_SLICE, w.numel() - first)
+        bits = rounding_bits(rounding.seed, rounding.step, rounding.numbers[t], first, size, w.device)
+        out[first : first + size] = to_bf16_at_random(source[first : first + size], bits)
+    if not is_flat:
+        w.copy_(out.view(w.shape))
 
 
 def _f32(x: float) -> float:

@@ -545,3 +545,27 @@ def scaled(kind: str, overflow: bool = False, across_ranks: str = "synced") -> A
         opt.zero_grad()
         taken.append(full(model))
     return taken, scaler.get_scale()
+
+
+def bf16_checkpoint(folder: str, resume: bool, before: int = 2) -> Any:
+    """As `begin_and_save` and `load_and_go_on`, of bf16 weights with masters."""
+    model = net(torch.bfloat16)
+    fully_shard(model)
+    opt = optimizer(model, "AdamW", master_weights=True)
+    if not resume:
+        train(model, opt, steps=before, data=_halves(0))
+        dcp.save(_dcp_state(model, opt, False), checkpoint_id=folder)
+    else:
+        state = _dcp_state(model, opt, False)
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    train(model, opt, data=_halves(before))
+    masters = {
+        name: opt.state_dict()["state"][i]["sam_master"].full_tensor()
+        for i, (name, _) in enumerate(model.named_parameters())
+    }
+    return full(model), masters
+
+
+def _halves(before: int) -> Any:
+    return lambda step, rank, world: part(step + before, rank, world, torch.bfloat16)

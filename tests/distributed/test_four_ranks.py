@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from gloo import Ranks
 from problems import BASES, apart, trained
 
@@ -82,6 +83,19 @@ def test_flattened_keys_that_lose_a_tensor_say_so(two, tmp_path):
     two("begin_and_save", **given)
     for said in two("warnings_on_loading", **given):
         assert any("no sam_ema" in line and "flatten_optimizer_state_dict" in line for line in said)
+
+
+def test_masters_of_bf16_shards_go_on_from_a_distributed_checkpoint(two, four, tmp_path):
+    given = {"folder": str(tmp_path)}
+    (weights, masters), _ = two("bf16_checkpoint", resume=False, **given)
+    for found, own in two("bf16_checkpoint", resume=True, **given):
+        assert apart(found, weights) == 0.0 and apart(own, masters) == 0.0
+        assert all(torch.equal(master.bfloat16(), found[name]) for name, master in own.items())
+    assert any(not torch.equal(m, m.bfloat16().float()) for m in masters.values()), "they have low bits"
+    for found, own in four("bf16_checkpoint", resume=True, **given):
+        # Sums of other batches in bf16: near, and every weight is its rounded master.
+        assert apart(own, masters) < 0.1
+        assert all(torch.equal(master.bfloat16(), found[name]) for name, master in own.items())
 
 
 def test_a_rank_that_dies_in_the_second_pass_costs_one_step(two, tmp_path):

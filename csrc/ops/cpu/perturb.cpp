@@ -2,6 +2,7 @@
 
 #include "engine/cpu.h"
 #include "math/metric.h"
+#include "math/random.h"
 #include "ops/cpu/passes.h"
 
 namespace samk {
@@ -92,6 +93,96 @@ void perturb_compact(T* w, const T* g, T* compact, const uint64_t* words, int64_
   }
 }
 
+// w = round(math(master, g)), where the mask selects it; the master stays.
+template <class T, class Math>
+void perturb_master(T* w, const T* g, const float* master, const uint64_t* words, int64_t n, bool streaming,
+                    const Math& math) {
+  if (words == nullptr) {
+    sweep_streaming(n, streaming, [&](int64_t i, auto part, auto stream) {
+      part.put(w + i, math(part.get(master + i), part.get(g + i)), stream);
+    });
+    return;
+  }
+  for_each_run(WordMap(words, n), n, [&](int64_t begin, int64_t size, bool is_zero) {
+    if (is_zero) return;
+    sweep(size, [&](int64_t at, auto part) {
+      const int64_t i = begin + at;
+      part.put_where(w + i, bits_at(words, i), math(part.get(master + i), part.get(g + i)));
+    });
+  });
+}
+
+// Where the random bits of a chunk come from; note: [stochastic rounding].
+struct Draw {
+  bool is_wanted;
+  uint64_t seed;
+  uint32_t step, number;
+  int64_t begin;  // of the chunk in its tensor
+
+  // Those of the word of elements from `first` on. Loops over the calls are loops that compilers put into
+  // vectors.
+  void fill(int64_t first, uint32_t* bits) const {
+    constexpr int kCalls = kWordBits / 8;
+    uint32_t words[4][kCalls];
+    for (int call = 0; call < kCalls; ++call) {
+      const Words x = random_words_of_eight(seed, step, number, begin + first + 8 * call);
+      words[0][call] = x.x0;
+      words[1][call] = x.x1;
+      words[2][call] = x.x2;
+      words[3][call] = x.x3;
+    }
+    for (int call = 0; call < kCalls; ++call) {
+      for (int k = 0; k < 4; ++k) {
+        bits[8 * call + 2 * k] = words[k][call] & 0xffffu;
+        bits[8 * call + 2 * k + 1] = words[k][call] >> 16;
+      }
+    }
+  }
+};
+
+// The elements of one word, or fewer at the end, rounded at random.
+template <class Math>
+void perturb_at_random(bf16* w, const bf16* g, bf16* snapshot, uint64_t word, int64_t n, const Math& math,
+                       const uint32_t* bits) {
+  alignas(64) bf16 ws[kWordBits] = {}, gs[kWordBits] = {};
+  alignas(64) float moved[kWordBits];
+  std::memcpy(ws, w, n * sizeof *ws);
+  std::memcpy(gs, g, n * sizeof *gs);
+  for (int i = 0; i < kWordBits; i += kLanes) {
+    store(moved + i, math(load(static_cast<const bf16*>(ws) + i), load(static_cast<const bf16*>(gs) + i)));
+  }
+  std::memcpy(snapshot, ws, n * sizeof *ws);
+  for (int i = 0; i < kWordBits; ++i) {
+    if ((word >> i & 1) != 0) ws[i] = to_bf16_at_random(moved[i], bits[i]);
+  }
+  std::memcpy(w, ws, n * sizeof *ws);
+}
+
+// A chunk, word by word, with whole snapshots or compact ones.
+template <class Math>
+void perturb_chunk_at_random(bf16* w, const bf16* g, bf16* snapshot, bf16* compact, const uint64_t* words,
+                             int64_t n, const Math& math, const Draw& draw) {
+  uint32_t bits[kWordBits];
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kWordBits) {
+      const uint64_t word = words == nullptr ? ~uint64_t{0} : words[i / kWordBits] & low_bits(n - i);
+      draw.fill(i, bits);
+      if (compact == nullptr) {
+        perturb_at_random(w + i, g + i, snapshot + i, word, std::min<int64_t>(kWordBits, n - i), math, bits);
+        continue;
+      }
+      if (word == 0) continue;
+      bf16 saved[kWordBits];
+      perturb_at_random(w + i, g + i, saved, word, std::min<int64_t>(kWordBits, n - i), math, bits);
+      for_each_selected(&word, kWordBits, [&](int64_t at, int64_t) { *compact++ = saved[at]; });
+    }
+  };
+  if (words == nullptr || compact != nullptr) return run(0, n);
+  for_each_saved_run(words, n, [&](int64_t begin, int64_t size, bool is_saved) {
+    if (is_saved) run(begin, begin + size);
+  });
+}
+
 // What a chunk is perturbed with, whatever the metric and the shape.
 template <class T>
 struct Site {
@@ -102,9 +193,17 @@ struct Site {
   const uint64_t* words;  // nullptr where the tensor is dense
   int64_t n;
   bool streaming;
+  const float* master;  // nullptr where there is none
+  Draw draw;
 
   template <class Math>
   void perturb(const Math& math) const {
+    if constexpr (is_half<T>) {
+      if (master != nullptr) return perturb_master(w, g, master, words, n, streaming, math);
+    }
+    if constexpr (std::is_same<T, bf16>::value) {
+      if (draw.is_wanted) return perturb_chunk_at_random(w, g, snapshot, compact, words, n, math, draw);
+    }
     if (words == nullptr) {
       perturb_chunk(w, g, snapshot, n, streaming, math);
     } else if (compact != nullptr) {
@@ -136,8 +235,13 @@ void perturb_shaped(const samk_perturb_args& a, const Site<T>& at, typename Opma
 }  // namespace
 
 int perturb(const samk_plan& plan, const samk_perturb_args& a) {
-  if (a.masters.data != nullptr) return fail("perturb_: the CPU engine does not serve fp32 masters");
-  if (check_one_dtype("perturb_", a.params.dtype, a.grads, a.snapshots) != 0) return 1;
+  const bool has_masters = a.masters.data != nullptr;
+  if (check_one_dtype("perturb_", a.params.dtype, a.grads) != 0) return 1;
+  if (!has_masters && check_one_dtype("perturb_", a.params.dtype, a.snapshots) != 0) return 1;
+  if (check_masters("perturb_", a.params.dtype, a.masters) != 0) return 1;
+  if (a.number != nullptr && (has_masters || a.params.dtype != SAMK_BF16)) {
+    return fail("perturb_: stochastic rounding is for bf16 weights without masters");
+  }
   const bool is_safe = std::isfinite(*a.norm);
   const bool large = exceeds_cache(plan.chunks.total() * dtype_bytes(a.params.dtype) * 3);
   return with_dtype("perturb_", a.params.dtype, [&](auto type) {
@@ -148,20 +252,25 @@ int perturb(const samk_plan& plan, const samk_perturb_args& a) {
         [&](const Chunk& chunk, int64_t) {
           const int32_t t = chunk.tensor;
           const double* row = a.table + a.row[t] * SAMK_COLUMNS;
-          if (!has(a.grads, t) || !has(a.snapshots, t) || row[SAMK_METRIC] == SAMK_FIXED) return;
+          if (!has(a.grads, t) || !has(has_masters ? a.masters : a.snapshots, t)) return;
+          if (row[SAMK_METRIC] == SAMK_FIXED) return;
+          const float* master = element<const float>(a.masters, t, chunk.begin);
           T* w = element<T>(a.params, t, chunk.begin);
           const T* g = element<T>(a.grads, t, chunk.begin);
-          T* s = element<T>(a.snapshots, t, chunk.begin);
+          T* s = has_masters ? nullptr : element<T>(a.snapshots, t, chunk.begin);
           // What was just read is in the cache; writing around it would only cost.
-          const bool streaming = large && s != g && can_stream(s);
+          const bool streaming = large && s != g && can_stream(has_masters ? w : s);
           const bool is_fisher = row[SAMK_METRIC] == SAMK_FISHER;
           const uint64_t* words = words_of(a.masks, chunk);
-          T* compact = compact_of<T>(a.snapshots, a.offsets, chunk);
+          T* compact = has_masters ? nullptr : compact_of<T>(a.snapshots, a.offsets, chunk);
           if (!is_safe || (is_fisher && a.shape != SAMK_LINEAR)) {
+            if (has_masters) return;
             return compact != nullptr ? save_selected(compact, w, words, chunk.size)
                                       : copy_words(s, w, words, chunk.size, streaming);
           }
-          const Site<T> at{w, g, s, compact, words, chunk.size, streaming};
+          const uint32_t number = a.number == nullptr ? 0 : a.number[t];
+          const Draw draw{a.number != nullptr, a.seed, a.step, number, chunk.begin};
+          const Site<T> at{w, g, s, compact, words, chunk.size, streaming, master, draw};
           const double own = a.tensor_scale == nullptr ? 1.0 : a.tensor_scale[t];
           const S scale = perturb_scale<S>(row, a.shape, *a.norm, own);
           if (is_fisher) {

@@ -20,8 +20,8 @@ constexpr int kAccumulators = 4;
 constexpr double kLargeSum = 1e38, kSmallSum = 1e-30;
 
 // T d of the elements at i. Weights are read only where the metric looks at them.
-template <class T, class Metric, class Part>
-SAMK_INLINE auto weighed(const T* g, const T* w, int64_t i, const Metric& metric, Part part) {
+template <class T, class W, class Metric, class Part>
+SAMK_INLINE auto weighed(const T* g, const W* w, int64_t i, const Metric& metric, Part part) {
   const auto d = part.get(g + i);
   if constexpr (Metric::kReadsWeight) {
     return metric.weigh(d, d, part.get(w + i));
@@ -30,8 +30,8 @@ SAMK_INLINE auto weighed(const T* g, const T* w, int64_t i, const Metric& metric
   }
 }
 
-template <class T, class Metric, class Moment>
-double sum_chunk(const T* g, const T* w, int64_t n, const Metric& metric, const Moment& moment) {
+template <class T, class W, class Metric, class Moment>
+double sum_chunk(const T* g, const W* w, int64_t n, const Metric& metric, const Moment& moment) {
   using V = typename Opmath<T>::V;
   using S = typename Opmath<T>::S;
   V acc[kAccumulators] = {V(S(0)), V(S(0)), V(S(0)), V(S(0))};
@@ -49,8 +49,8 @@ double sum_chunk(const T* g, const T* w, int64_t n, const Metric& metric, const 
 
 // The sum of the elements under a mask. Runs of words that are 0 are passed over; scattered ones are summed
 // like others.
-template <class T, class Metric, class Moment>
-double sum_words(const T* g, const T* w, const uint64_t* words, int64_t n, const Metric& metric,
+template <class T, class W, class Metric, class Moment>
+double sum_words(const T* g, const W* w, const uint64_t* words, int64_t n, const Metric& metric,
                  const Moment& moment) {
   using V = typename Opmath<T>::V;
   using S = typename Opmath<T>::S;
@@ -80,13 +80,17 @@ double sum_words(const T* g, const T* w, const uint64_t* words, int64_t n, const
 }
 
 // The squares once more in double, for a chunk whose sum left the range of fp32. Rare, so plain.
-template <class T, class Metric>
-double wide_squares(const T* g, const T* w, const uint64_t* words, int64_t n, const Metric& metric) {
+template <class T, class W, class Metric>
+double wide_squares(const T* g, const W* w, const uint64_t* words, int64_t n, const Metric& metric) {
   double total = 0;
   sweep(n, [&](int64_t i, auto part) {
     alignas(64) float gs[kLanes], ws[kLanes];
     store(gs, part.get(g + i));
-    store(ws, part.get((Metric::kReadsWeight ? w : g) + i));
+    if constexpr (Metric::kReadsWeight) {
+      store(ws, part.get(w + i));
+    } else {
+      store(ws, part.get(g + i));
+    }
     for (int k = 0; k < part.lanes(); ++k) {
       if (words != nullptr && !has_bit(words, i + k)) continue;
       const Lane<double> d(gs[k]);
@@ -98,8 +102,8 @@ double wide_squares(const T* g, const T* w, const uint64_t* words, int64_t n, co
 }
 
 // The largest |u|; not finite if any u is not.
-template <bool kMasked, class T, class Metric>
-double peak_chunk(const T* g, const T* w, const uint64_t* words, int64_t n, const Metric& metric) {
+template <bool kMasked, class T, class W, class Metric>
+double peak_chunk(const T* g, const W* w, const uint64_t* words, int64_t n, const Metric& metric) {
   using V = typename Opmath<T>::V;
   using S = typename Opmath<T>::S;
   V peak(S(0)), poison(S(0));
@@ -116,11 +120,11 @@ double peak_chunk(const T* g, const T* w, const uint64_t* words, int64_t n, cons
   return largest + sum_lanes(poison);
 }
 
-// One chunk as every moment sees it.
-template <class T>
+// One chunk as every moment sees it. Weights may be fp32 beside half gradients, as masters are.
+template <class T, class W>
 struct Site {
   const T* g;
-  const T* w;
+  const W* w;
   const uint64_t* words;  // nullptr where all elements count
   int64_t n;
 
@@ -136,8 +140,8 @@ struct Site {
 };
 
 // See note: [range of squares].
-template <class T, class Metric>
-double square_chunk(const Site<T>& at, const Metric& metric) {
+template <class T, class W, class Metric>
+double square_chunk(const Site<T, W>& at, const Metric& metric) {
   const double sum = at.sum(metric, Square{});
   if constexpr (!std::is_same<T, double>::value) {
     if (!(sum <= kLargeSum) || (sum != 0 && sum < kSmallSum)) {
@@ -147,8 +151,8 @@ double square_chunk(const Site<T>& at, const Metric& metric) {
   return sum;
 }
 
-template <class T, class Metric>
-double measure_chunk(const samk_sq_norm_args& a, const Site<T>& at, const Metric& metric) {
+template <class T, class W, class Metric>
+double measure_chunk(const samk_sq_norm_args& a, const Site<T, W>& at, const Metric& metric) {
   using S = typename Opmath<T>::S;
   switch (a.moment) {
     case SAMK_PEAK:
@@ -163,7 +167,8 @@ double measure_chunk(const samk_sq_norm_args& a, const Site<T>& at, const Metric
 }  // namespace
 
 int sq_norm(const samk_plan& plan, const samk_sq_norm_args& a) {
-  if (check_one_dtype("sq_norm", a.grads.dtype, a.params) != 0) return 1;
+  const bool is_wide = a.params.data != nullptr && a.params.dtype == SAMK_F32 && a.grads.dtype >= SAMK_BF16;
+  if (!is_wide && check_one_dtype("sq_norm", a.grads.dtype, a.params) != 0) return 1;
   const auto& chunks = plan.chunks.chunks();
   double* const partials = plan.cleared_partials(chunks.size());
   const int status = with_dtype("sq_norm", a.grads.dtype, [&](auto type) {
@@ -172,12 +177,21 @@ int sq_norm(const samk_plan& plan, const samk_sq_norm_args& a) {
     for_each_chunk(plan, [&](const Chunk& chunk, int64_t c) {
       const double* row = a.table + a.row[chunk.tensor] * SAMK_COLUMNS;
       const T* g = element<T>(a.grads, chunk.tensor, chunk.begin);
-      const T* w = element<T>(a.params, chunk.tensor, chunk.begin);
-      const Site<T> at{g, w, words_of(a.masks, chunk), chunk.size};
+      const uint64_t* words = words_of(a.masks, chunk);
+      const Site<T, T> at{g, g, words, chunk.size};
       if (g == nullptr || row[SAMK_METRIC] == SAMK_FIXED) {
         partials[c] = 0;
       } else if (row[SAMK_METRIC] == SAMK_ADAPTIVE) {
-        partials[c] = measure_chunk(a, at, Adaptive<S>{static_cast<S>(row[SAMK_ETA])});
+        const Adaptive<S> metric{static_cast<S>(row[SAMK_ETA])};
+        if constexpr (is_half<T>) {
+          if (is_wide) {
+            const auto* w = element<const float>(a.params, chunk.tensor, chunk.begin);
+            partials[c] = measure_chunk(a, Site<T, float>{g, w, words, chunk.size}, metric);
+            return;
+          }
+        }
+        const T* w = element<const T>(a.params, chunk.tensor, chunk.begin);
+        partials[c] = measure_chunk(a, Site<T, T>{g, w, words, chunk.size}, metric);
       } else if (row[SAMK_METRIC] == SAMK_FISHER) {
         const Fisher<S> metric{static_cast<S>(row[SAMK_ETA])};
         partials[c] = a.moment == SAMK_SQUARE ? square_chunk(at, metric) : static_cast<double>(NAN);

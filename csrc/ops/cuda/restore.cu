@@ -23,6 +23,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   });
 }
 
+// w = round(master).
+template <class W>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) round_kernel(const __grid_constant__ P<false> p) {
+  for_each_chunk<Order::kForward>(p.tensors, [&](const Chunk& chunk) {
+    W* w = element<W>(p.tensors, kParams, chunk);
+    const float* master = element<const float>(p.tensors, kSnapshots, chunk);
+    if (w == nullptr || master == nullptr) return;
+    sweep<pack_width<W>(), 2>(
+        chunk.size, are_aligned(w, master), [&](int i, auto access) { return access.get(master + i); },
+        [&](int i, const auto& x, auto access) {
+          Raw<W, decltype(access)::kWidth> rounded;
+#pragma unroll
+          for (int k = 0; k < decltype(access)::kWidth; ++k) rounded.v[k] = narrow<W>(Lane<float>(x.v[k]));
+          access.put(w + i, rounded);
+        });
+  });
+}
+
 }  // namespace
 
 // Every source is compiled for the same targets, so one kernel speaks for all.
@@ -36,6 +54,13 @@ cudaError_t find_kernels() {
 extern "C" int samk_restore(const samk_plan* plan, const samk_restore_args* a) {
   using namespace samk;
   const Site site{"restore_", *plan, nullptr, nullptr, a->queue.device, a->queue.stream};
+  if (a->masters.data != nullptr) {
+    // Masters are whole, and weights that were not perturbed are the rounded masters: no mask is asked.
+    return with_masters("restore_", a->params.dtype, a->params.dtype, a->masters.dtype, [&](auto w) {
+      return launch(site, round_kernel<decltype(w)>, kBlocksPerSm, Scalars{},
+                    [&](int list, int32_t t) { return at(list == kParams ? a->params : a->masters, t); });
+    });
+  }
   if (a->params.dtype != a->snapshots.dtype) return fail("restore_: weights and snapshots differ in dtype");
   const auto run = [&](auto kernel) {
     return launch(site, kernel, kBlocksPerSm, Scalars{}, [&](int list, int32_t t) {

@@ -90,9 +90,13 @@ class Triton:
         scalar_table, tensors, reads_weights = measured(group, of)
         # The perturbation reads the same gradients: one upload for both.
         table = plan.table("sq_norm, perturb_" if of == "gradient" else "sq_norm of weights")
+        # Masters are where the perturbation has snapshots: there it finds them as they are.
+        row = List.PARAMS if group.masters is None else List.SNAPSHOTS
         if reads_weights:
-            plan.point(table, List.PARAMS, "params", group.params, group.dtype)
-        plan.point(table, List.GRADS, "grads", tensors, group.dtype)
+            plan.point(table, row, "weights", group.weights, group.kept_dtype)
+            table.snapshots = None if row == List.SNAPSHOTS else table.snapshots
+        dtype = group.dtype if of == "gradient" else group.kept_dtype
+        plan.point(table, List.GRADS, "grads", tensors, dtype)
         has_masks = masked and _point_masks(plan, table, group)
         # Fresh results each time: the caller may hold an earlier one.
         total = torch.empty((), dtype=torch.float64, device=group.device)
@@ -107,7 +111,9 @@ class Triton:
             plan.partials,
             plan.counter,
             total,
-            **_settings(group.dtype, takes_powers=moment == "power"),
+            **_settings(dtype, takes_powers=moment == "power"),
+            W=_type(group.kept_dtype),
+            WEIGHTS=int(row),
             MOMENT=_MOMENTS[moment],
             HAS_ADAPTIVE=reads_weights,
             HAS_FISHER=has_fisher,
@@ -140,6 +146,9 @@ class Triton:
         plan.point(table, List.PARAMS, "params", group.params, group.dtype)
         plan.point(table, List.GRADS, "grads", group.grads, group.dtype)
         present = _point_snapshots(plan, table, group)
+        drawn = group.rounding
+        if drawn is not None:
+            table.put(List.NUMBERS, _integers("numbers", drawn.numbers, plan))
         self._launch(
             "perturb",
             plan,
@@ -148,8 +157,13 @@ class Triton:
             plan.chunks,
             plan.count,
             *(scalars(x, group, torch.float64) for x in (norm, peak, tensor_scale)),
+            0 if drawn is None else _signed(drawn.seed),
+            0 if drawn is None else drawn.step,
             **_settings(group.dtype, takes_powers=shape == "powered"),
+            M=_type(group.kept_dtype),
             SHAPE=_SHAPES[shape],
+            HAS_MASTERS=group.masters is not None,
+            AT_RANDOM=drawn is not None,
             HAS_ADAPTIVE=group.reads_weights,
             HAS_FISHER=has_fisher,
             HAS_MASKS=_point_masks(plan, table, group),
@@ -162,15 +176,14 @@ class Triton:
         table = plan.table("restore_")
         plan.point(table, List.PARAMS, "params", group.params, group.dtype)
         present = _point_snapshots(plan, table, group)
-        self._launch(
-            "restore",
-            plan,
-            table,
-            plan.chunks,
-            plan.count,
-            **_bits(group.dtype),
-            HAS_MASKS=_point_masks(plan, table, group),
-        )
+        arguments = (plan, table, plan.chunks, plan.count)
+        if group.masters is None:
+            has_masks = _point_masks(plan, table, group)
+            self._launch("restore", *arguments, **_bits(group.dtype), HAS_MASKS=has_masks)
+        else:
+            settings = _settings(group.dtype, many_lists=True)
+            settings.pop("S")
+            self._launch("round", *arguments, **settings, M=_type(group.kept_dtype))
         count_write(group.params, group.snapshots, present)
 
     def grad_stats(
@@ -262,7 +275,7 @@ class Triton:
         _point_snapshots(plan, table, group)
         names = ["momentum_buffer"] if rule == "sgd" else ["exp_avg", "exp_avg_sq"]
         state = {
-            name: plan.point(table, List.LISTS + i, name, slots[name], group.dtype)
+            name: plan.point(table, List.LISTS + i, name, slots[name], group.kept_dtype)
             for i, name in enumerate(names)
         }
         if rule == "adam":
@@ -271,7 +284,9 @@ class Triton:
         _require(table, group, rule, state)
         fresh = slots.get("fresh") or []
         table.put(List.FRESH, np.array(fresh, dtype=np.int64) if fresh else np.zeros(plan.count, np.int64))
-        has_masks = _point_masks(plan, table, group)
+        has_masters = group.masters is not None
+        # Masters are whole, and weights that were not perturbed are the rounded masters: no mask is asked.
+        has_masks = not has_masters and _point_masks(plan, table, group)
         self._launch(
             "descend",
             plan,
@@ -283,7 +298,9 @@ class Triton:
             scalars(found_inf, group, torch.float32),
             scalars(inv_scale, group, torch.float32),
             plan.counter,
-            **_settings(group.dtype, many_lists=rule == "adam", takes_masks=has_masks),
+            **_settings(group.dtype, many_lists=rule == "adam" or has_masters, takes_masks=has_masks),
+            M=_type(group.kept_dtype),
+            HAS_MASTERS=has_masters,
             RULE=_RULES[rule],
             HAS_BUFFERS=rule == "sgd" and state["momentum_buffer"] > 0,
             HAS_MASKS=has_masks,
@@ -436,11 +453,17 @@ def _settings(
 
     halves = 2 if takes_powers or (many_lists and dtype.itemsize == 2) else 1
     return {
-        "T": getattr(tl, str(dtype)[6:]),
+        "T": _type(dtype),
         "S": tl.float64 if dtype == torch.float64 else tl.float32,
         "BLOCK": _BLOCK_BYTES // halves // dtype.itemsize,
         **(_ROOMY_LAUNCH if takes_powers or takes_masks else _LAUNCH),
     }
+
+
+def _type(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return getattr(tl, str(dtype)[6:])
 
 
 def _bits(dtype: torch.dtype) -> dict[str, Any]:
@@ -454,7 +477,7 @@ def _point_snapshots(plan: Plan, table: Table, group: TensorGroup) -> int:
     standing = group.standing_snapshots is not None and group.snapshots is group.standing_snapshots
     if standing and table.snapshots is group.snapshots:
         return plan.count
-    present = plan.point(table, List.SNAPSHOTS, "snapshots", group.snapshots, group.dtype)
+    present = plan.point(table, List.SNAPSHOTS, "snapshots", group.snapshots, group.kept_dtype)
     table.snapshots = group.snapshots if standing else None
     return present
 

@@ -30,6 +30,14 @@ def _to_bf16(x):
     return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
+@triton.jit
+def to_bf16_at_random(x, sixteen):
+    """Up or down by 16 random bits; see csrc/core/half.h."""
+    bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+    rounded = tl.add(bits, sixteen, sanitize_overflow=False) >> 16
+    return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
 # Plain / and sqrt of fp32 are approximations in Triton; those of fp64 are not.
 
 

@@ -76,6 +76,7 @@ def load() -> tuple[Any, str | None]:
             sum_by_tensor=sq_norm.sum_by_tensor_kernel,
             perturb=perturb.perturb_kernel,
             restore=restore.restore_kernel,
+            round=restore.round_kernel,
             grad_stats=grad_stats.grad_stats_kernel,
             dots_by_tensor=grad_stats.dots_by_tensor_kernel,
             combine=combine.combine_kernel,

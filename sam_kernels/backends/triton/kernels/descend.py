@@ -1,4 +1,8 @@
-"""The base optimizer's update, from the snapshot where there is one; restores only if that is not safe."""
+"""The base optimizer's update, from the snapshot where there is one; restores only if that is not safe.
+
+Where there are masters, which are of type M as the state then is, an update reads and writes those, and w is
+their rounded copy.
+"""
 
 import triton
 import triton.language as tl
@@ -34,6 +38,7 @@ from ..math.descent import (
     sgd_weight,
 )
 from ..rounding import narrow, widen
+from .restore import round_chunk
 
 
 @triton.jit(do_not_specialize=["chunks", "count"])
@@ -48,7 +53,9 @@ def descend_kernel(
     inv_scale,
     counter,
     T: tl.constexpr,
+    M: tl.constexpr,
     S: tl.constexpr,
+    HAS_MASTERS: tl.constexpr,
     RULE: tl.constexpr,
     HAS_BUFFERS: tl.constexpr,
     HAS_MASKS: tl.constexpr,
@@ -68,14 +75,14 @@ def descend_kernel(
         row = table + chunk.row * COLUMNS
         w = address(addresses, count, PARAMS, chunk, T)
         g = address(addresses, count, GRADS, chunk, T)
-        snapshot = address(addresses, count, SNAPSHOTS, chunk, T)
+        snapshot = address(addresses, count, SNAPSHOTS, chunk, M)
         if w != 0:
-            source = tl.where(snapshot == 0, w, snapshot)
+            source = snapshot if HAS_MASTERS else tl.where(snapshot == 0, w, snapshot)
             words = mask_address(addresses, count, chunk, HAS_MASKS)
             n = chunk.size
-            if (g != 0) & is_safe:
+            if (g != 0) & (source != 0) & is_safe:
                 decay = decayed(row, RULE, scale, S)
-                first = address(addresses, count, LISTS, chunk, T)
+                first = address(addresses, count, LISTS, chunk, M)
                 if RULE == RULE_SGD:
                     rule = sgd(row, S)
                     if HAS_BUFFERS:
@@ -83,24 +90,70 @@ def descend_kernel(
                         first = tl.where(has_buffer, first, 0)
                         is_fresh = tl.load(addresses + FRESH * count + chunk.tensor) != 0
                         descend_sgd(
-                            decay, rule, w, g, source, words, first, is_fresh, n, T, S, True, HAS_MASKS, BLOCK
+                            decay,
+                            rule,
+                            w,
+                            g,
+                            source,
+                            words,
+                            first,
+                            is_fresh,
+                            n,
+                            T,
+                            M,
+                            S,
+                            HAS_MASTERS,
+                            True,
+                            HAS_MASKS,
+                            BLOCK,
                         )
                     else:
                         descend_sgd(
-                            decay, rule, w, g, source, words, w, False, n, T, S, False, HAS_MASKS, BLOCK
+                            decay,
+                            rule,
+                            w,
+                            g,
+                            source,
+                            words,
+                            w,
+                            False,
+                            n,
+                            T,
+                            M,
+                            S,
+                            HAS_MASTERS,
+                            False,
+                            HAS_MASKS,
+                            BLOCK,
                         )
                 else:
-                    second = address(addresses, count, LISTS + 1, chunk, T)
+                    second = address(addresses, count, LISTS + 1, chunk, M)
                     step = tl.load(step_counter(addresses, count, chunk.tensor))
                     if (chunk.row != last_row) | (step != last_step):
                         adam_rule = adam(row, step.to(tl.float64) + 1, S)
                         last_row = chunk.row
                         last_step = step
                     descend_adam(
-                        decay, adam_rule, w, g, source, words, first, second, n, T, S, HAS_MASKS, BLOCK
+                        decay,
+                        adam_rule,
+                        w,
+                        g,
+                        source,
+                        words,
+                        first,
+                        second,
+                        n,
+                        T,
+                        M,
+                        S,
+                        HAS_MASTERS,
+                        HAS_MASKS,
+                        BLOCK,
                     )
             elif snapshot != 0:
-                if HAS_MASKS:
+                if HAS_MASTERS:
+                    round_chunk(w, snapshot, n, T, M, BLOCK)
+                elif HAS_MASKS:
                     copy_rows(w, snapshot, words, n, T, BLOCK)
                 else:
                     copy_chunk(w, snapshot, n, T, BLOCK)
@@ -155,7 +208,9 @@ def descend_sgd(
     is_fresh,
     n,
     T: tl.constexpr,
+    M: tl.constexpr,
     S: tl.constexpr,
+    HAS_MASTERS: tl.constexpr,
     BUFFERED: tl.constexpr,
     HAS_MASKS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -165,24 +220,119 @@ def descend_sgd(
         for i in range(0, long, BLOCK):
             live = read_words(words, i, n, BLOCK, False) != 0
             old = read_either(live, source, w, i, n, T, BLOCK, True, False)
-            sgd_block(decay, rule, w, g, old, buffer, is_fresh, i, n, T, S, BUFFERED, BLOCK, True, False)
+            sgd_block(
+                decay,
+                rule,
+                w,
+                g,
+                old,
+                source,
+                buffer,
+                is_fresh,
+                i,
+                n,
+                T,
+                M,
+                S,
+                HAS_MASTERS,
+                BUFFERED,
+                BLOCK,
+                True,
+                False,
+            )
         for i in range(long, n, SHORT):
             live = read_words(words, i, n, SHORT, True) != 0
             old = read_either(live, source, w, i, n, T, SHORT, False, True)
-            sgd_block(decay, rule, w, g, old, buffer, is_fresh, i, n, T, S, BUFFERED, SHORT, False, True)
+            sgd_block(
+                decay,
+                rule,
+                w,
+                g,
+                old,
+                source,
+                buffer,
+                is_fresh,
+                i,
+                n,
+                T,
+                M,
+                S,
+                HAS_MASTERS,
+                BUFFERED,
+                SHORT,
+                False,
+                True,
+            )
     else:
         whole = n // BLOCK * BLOCK
         if (w | g | source | buffer) % 16 == 0:
             for i in range(0, whole, BLOCK):
-                old = read(source, i, n, T, BLOCK, True, False)
-                sgd_block(decay, rule, w, g, old, buffer, is_fresh, i, n, T, S, BUFFERED, BLOCK, True, False)
+                old = read(source, i, n, M, BLOCK, True, False)
+                sgd_block(
+                    decay,
+                    rule,
+                    w,
+                    g,
+                    old,
+                    source,
+                    buffer,
+                    is_fresh,
+                    i,
+                    n,
+                    T,
+                    M,
+                    S,
+                    HAS_MASTERS,
+                    BUFFERED,
+                    BLOCK,
+                    True,
+                    False,
+                )
         else:
             for i in range(0, whole, BLOCK):
-                old = read(source, i, n, T, BLOCK, False, False)
-                sgd_block(decay, rule, w, g, old, buffer, is_fresh, i, n, T, S, BUFFERED, BLOCK, False, False)
+                old = read(source, i, n, M, BLOCK, False, False)
+                sgd_block(
+                    decay,
+                    rule,
+                    w,
+                    g,
+                    old,
+                    source,
+                    buffer,
+                    is_fresh,
+                    i,
+                    n,
+                    T,
+                    M,
+                    S,
+                    HAS_MASTERS,
+                    BUFFERED,
+                    BLOCK,
+                    False,
+                    False,
+                )
         if whole < n:
-            old = read(source, whole, n, T, BLOCK, False, True)
-            sgd_block(decay, rule, w, g, old, buffer, is_fresh, whole, n, T, S, BUFFERED, BLOCK, False, True)
+            old = read(source, whole, n, M, BLOCK, False, True)
+            sgd_block(
+                decay,
+                rule,
+                w,
+                g,
+                old,
+                source,
+                buffer,
+                is_fresh,
+                whole,
+                n,
+                T,
+                M,
+                S,
+                HAS_MASTERS,
+                BUFFERED,
+                BLOCK,
+                False,
+                True,
+            )
 
 
 @triton.jit
@@ -192,12 +342,15 @@ def sgd_block(
     w,
     g,
     old,
+    source,
     buffer,
     is_fresh,
     i,
     n,
     T: tl.constexpr,
+    M: tl.constexpr,
     S: tl.constexpr,
+    HAS_MASTERS: tl.constexpr,
     BUFFERED: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -207,13 +360,15 @@ def sgd_block(
     d = gradient(decay, widen(read(g, i, n, T, BLOCK, ALIGNED, MASKED), S), old)
     if BUFFERED:
         has_buffer = buffer != 0
-        held = widen(read_if(has_buffer & (is_fresh == 0), buffer, i, n, T, BLOCK, ALIGNED, MASKED), S)
+        held = widen(read_if(has_buffer & (is_fresh == 0), buffer, i, n, M, BLOCK, ALIGNED, MASKED), S)
         b = tl.where(is_fresh, d, sgd_buffer(rule, held, d))
         moved = tl.where(has_buffer, sgd_weight(rule, old, d, b), sgd_weight(rule, old, d))
-        write_if(has_buffer, buffer, i, n, narrow(b, T), BLOCK, ALIGNED, MASKED)
+        write_if(has_buffer, buffer, i, n, narrow(b, M), BLOCK, ALIGNED, MASKED)
     else:
         moved = sgd_weight(rule, old, d)
     write(w, i, n, narrow(moved, T), BLOCK, ALIGNED, MASKED)
+    if HAS_MASTERS:
+        write(source, i, n, moved, BLOCK, ALIGNED, MASKED)
 
 
 @triton.jit
@@ -228,7 +383,9 @@ def descend_adam(
     second,
     n,
     T: tl.constexpr,
+    M: tl.constexpr,
     S: tl.constexpr,
+    HAS_MASTERS: tl.constexpr,
     HAS_MASKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -237,24 +394,82 @@ def descend_adam(
         for i in range(0, long, BLOCK):
             live = read_words(words, i, n, BLOCK, False) != 0
             old = read_either(live, source, w, i, n, T, BLOCK, True, False)
-            adam_block(decay, rule, w, g, old, first, second, i, n, T, S, BLOCK, True, False)
+            adam_block(
+                decay, rule, w, g, old, source, first, second, i, n, T, M, S, HAS_MASTERS, BLOCK, True, False
+            )
         for i in range(long, n, SHORT):
             live = read_words(words, i, n, SHORT, True) != 0
             old = read_either(live, source, w, i, n, T, SHORT, False, True)
-            adam_block(decay, rule, w, g, old, first, second, i, n, T, S, SHORT, False, True)
+            adam_block(
+                decay, rule, w, g, old, source, first, second, i, n, T, M, S, HAS_MASTERS, SHORT, False, True
+            )
     else:
         whole = n // BLOCK * BLOCK
         if (w | g | source | first | second) % 16 == 0:
             for i in range(0, whole, BLOCK):
-                old = read(source, i, n, T, BLOCK, True, False)
-                adam_block(decay, rule, w, g, old, first, second, i, n, T, S, BLOCK, True, False)
+                old = read(source, i, n, M, BLOCK, True, False)
+                adam_block(
+                    decay,
+                    rule,
+                    w,
+                    g,
+                    old,
+                    source,
+                    first,
+                    second,
+                    i,
+                    n,
+                    T,
+                    M,
+                    S,
+                    HAS_MASTERS,
+                    BLOCK,
+                    True,
+                    False,
+                )
         else:
             for i in range(0, whole, BLOCK):
-                old = read(source, i, n, T, BLOCK, False, False)
-                adam_block(decay, rule, w, g, old, first, second, i, n, T, S, BLOCK, False, False)
+                old = read(source, i, n, M, BLOCK, False, False)
+                adam_block(
+                    decay,
+                    rule,
+                    w,
+                    g,
+                    old,
+                    source,
+                    first,
+                    second,
+                    i,
+                    n,
+                    T,
+                    M,
+                    S,
+                    HAS_MASTERS,
+                    BLOCK,
+                    False,
+                    False,
+                )
         if whole < n:
-            old = read(source, whole, n, T, BLOCK, False, True)
-            adam_block(decay, rule, w, g, old, first, second, whole, n, T, S, BLOCK, False, True)
+            old = read(source, whole, n, M, BLOCK, False, True)
+            adam_block(
+                decay,
+                rule,
+                w,
+                g,
+                old,
+                source,
+                first,
+                second,
+                whole,
+                n,
+                T,
+                M,
+                S,
+                HAS_MASTERS,
+                BLOCK,
+                False,
+                True,
+            )
 
 
 @triton.jit
@@ -264,20 +479,26 @@ def adam_block(
     w,
     g,
     old,
+    source,
     first,
     second,
     i,
     n,
     T: tl.constexpr,
+    M: tl.constexpr,
     S: tl.constexpr,
+    HAS_MASTERS: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     old = widen(old, S)
     d = gradient(decay, widen(read(g, i, n, T, BLOCK, ALIGNED, MASKED), S), old)
-    m = adam_first_moment(rule, widen(read(first, i, n, T, BLOCK, ALIGNED, MASKED), S), d)
-    v = adam_second_moment(rule, widen(read(second, i, n, T, BLOCK, ALIGNED, MASKED), S), d)
-    write(w, i, n, narrow(adam_weight(rule, old, m, v), T), BLOCK, ALIGNED, MASKED)
-    write(first, i, n, narrow(m, T), BLOCK, ALIGNED, MASKED)
-    write(second, i, n, narrow(v, T), BLOCK, ALIGNED, MASKED)
+    m = adam_first_moment(rule, widen(read(first, i, n, M, BLOCK, ALIGNED, MASKED), S), d)
+    v = adam_second_moment(rule, widen(read(second, i, n, M, BLOCK, ALIGNED, MASKED), S), d)
+    moved = adam_weight(rule, old, m, v)
+    write(w, i, n, narrow(moved, T), BLOCK, ALIGNED, MASKED)
+    if HAS_MASTERS:
+        write(source, i, n, moved, BLOCK, ALIGNED, MASKED)
+    write(first, i, n, narrow(m, M), BLOCK, ALIGNED, MASKED)
+    write(second, i, n, narrow(v, M), BLOCK, ALIGNED, MASKED)

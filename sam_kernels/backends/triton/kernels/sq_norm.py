@@ -12,7 +12,6 @@ from ..codes import (
     FISHER,
     FIXED,
     GRADS,
-    PARAMS,
     PEAK,
     POWER,
     SQUARE,
@@ -60,7 +59,9 @@ def sq_norm_kernel(
     counter,
     out,
     T: tl.constexpr,
+    W: tl.constexpr,
     S: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     MOMENT: tl.constexpr,
     HAS_ADAPTIVE: tl.constexpr,
     HAS_FISHER: tl.constexpr,
@@ -80,14 +81,16 @@ def sq_norm_kernel(
             words = mask_address(addresses, count, chunk, HAS_MASKS)
             n = chunk.size
             if HAS_ADAPTIVE:
-                w = address(addresses, count, PARAMS, chunk, T)
+                w = address(addresses, count, WEIGHTS, chunk, W)
                 if metric == ADAPTIVE:
-                    total = chunk_sum(g, w, words, n, eta, peak, T, S, ADAPTIVE, MOMENT, HAS_MASKS, Q, BLOCK)
+                    total = chunk_sum(
+                        g, w, words, n, eta, peak, T, W, S, ADAPTIVE, MOMENT, HAS_MASKS, Q, BLOCK
+                    )
             if HAS_FISHER:
                 if metric == FISHER:
-                    total = chunk_sum(g, g, words, n, eta, peak, T, S, FISHER, MOMENT, HAS_MASKS, Q, BLOCK)
+                    total = chunk_sum(g, g, words, n, eta, peak, T, T, S, FISHER, MOMENT, HAS_MASKS, Q, BLOCK)
             if metric == EUCLIDEAN:
-                total = chunk_sum(g, g, words, n, eta, peak, T, S, EUCLIDEAN, MOMENT, HAS_MASKS, Q, BLOCK)
+                total = chunk_sum(g, g, words, n, eta, peak, T, T, S, EUCLIDEAN, MOMENT, HAS_MASKS, Q, BLOCK)
         tl.store(partials + chunk.number, total)
     if is_last_program(counter):
         total = join_partials(partials, 0, chunks, MOMENT, BLOCK)
@@ -125,6 +128,7 @@ def chunk_sum(
     eta,
     peak,
     T: tl.constexpr,
+    W: tl.constexpr,
     S: tl.constexpr,
     METRIC: tl.constexpr,
     MOMENT: tl.constexpr,
@@ -132,13 +136,13 @@ def chunk_sum(
     Q: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    total = chunk_sum_in(g, w, words, n, eta, peak, T, S, METRIC, MOMENT, HAS_MASKS, Q, BLOCK)
+    total = chunk_sum_in(g, w, words, n, eta, peak, T, W, S, METRIC, MOMENT, HAS_MASKS, Q, BLOCK)
     if (MOMENT == SQUARE) & (S == tl.float32):
         if ((total <= LARGE_SUM) == 0) | ((total != 0) & (total < SMALL_SUM)):
             # Gradients beyond 1.8e19, or all below 1e-15: once more in double. A sum of exactly 0 is taken as
             # it is; note: [range of squares] in csrc says what that can lose.
             total = chunk_sum_in(
-                g, w, words, n, eta, peak, T, tl.float64, METRIC, MOMENT, HAS_MASKS, Q, BLOCK
+                g, w, words, n, eta, peak, T, W, tl.float64, METRIC, MOMENT, HAS_MASKS, Q, BLOCK
             )
     return total
 
@@ -152,6 +156,7 @@ def chunk_sum_in(
     eta,
     peak,
     T: tl.constexpr,
+    W: tl.constexpr,
     S: tl.constexpr,
     METRIC: tl.constexpr,
     MOMENT: tl.constexpr,
@@ -167,11 +172,11 @@ def chunk_sum_in(
     if HAS_MASKS:
         long = long_part(g | w, n, BLOCK)
         for i in range(0, long, BLOCK):
-            u = weigh_rows(metric, g, w, words, i, n, T, S, METRIC, BLOCK, True, False)
+            u = weigh_rows(metric, g, w, words, i, n, T, W, S, METRIC, BLOCK, True, False)
             sums = add(sums, u, term, MOMENT)
         rest = tl.zeros([SHORT], S)
         for i in range(long, n, SHORT):
-            u = weigh_rows(metric, g, w, words, i, n, T, S, METRIC, SHORT, False, True)
+            u = weigh_rows(metric, g, w, words, i, n, T, W, S, METRIC, SHORT, False, True)
             rest = add(rest, u, term, MOMENT)
         joined = join(sums, MOMENT)
         others = join(rest, MOMENT)
@@ -180,14 +185,14 @@ def chunk_sum_in(
         whole = n // BLOCK * BLOCK
         if (g | w) % 16 == 0:
             for i in range(0, whole, BLOCK):
-                u = weigh_block(metric, g, w, i, n, T, S, METRIC, BLOCK, True, False)
+                u = weigh_block(metric, g, w, i, n, T, W, S, METRIC, BLOCK, True, False)
                 sums = add(sums, u, term, MOMENT)
         else:
             for i in range(0, whole, BLOCK):
-                u = weigh_block(metric, g, w, i, n, T, S, METRIC, BLOCK, False, False)
+                u = weigh_block(metric, g, w, i, n, T, W, S, METRIC, BLOCK, False, False)
                 sums = add(sums, u, term, MOMENT)
         if whole < n:
-            u = weigh_block(metric, g, w, whole, n, T, S, METRIC, BLOCK, False, True)
+            u = weigh_block(metric, g, w, whole, n, T, W, S, METRIC, BLOCK, False, True)
             sums = add(sums, u, term, MOMENT)
         return join(sums, MOMENT)
 
@@ -232,6 +237,7 @@ def weigh_block(
     i,
     n,
     T: tl.constexpr,
+    W: tl.constexpr,
     S: tl.constexpr,
     METRIC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -240,7 +246,7 @@ def weigh_block(
 ):
     d = widen(read(g, i, n, T, BLOCK, ALIGNED, MASKED), S)
     if METRIC == ADAPTIVE:
-        return adaptive_weigh(metric, d, d, widen(read(w, i, n, T, BLOCK, ALIGNED, MASKED), S))
+        return adaptive_weigh(metric, d, d, widen(read(w, i, n, W, BLOCK, ALIGNED, MASKED), S))
     elif METRIC == FISHER:
         return fisher_weigh(metric, d, d, d)
     else:
@@ -256,6 +262,7 @@ def weigh_rows(
     i,
     n,
     T: tl.constexpr,
+    W: tl.constexpr,
     S: tl.constexpr,
     METRIC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -266,7 +273,7 @@ def weigh_rows(
     live = word != 0
     d = widen(read_rows(live, g, i, n, T, BLOCK, ALIGNED, MASKED), S)
     if METRIC == ADAPTIVE:
-        u = adaptive_weigh(metric, d, d, widen(read_rows(live, w, i, n, T, BLOCK, ALIGNED, MASKED), S))
+        u = adaptive_weigh(metric, d, d, widen(read_rows(live, w, i, n, W, BLOCK, ALIGNED, MASKED), S))
     elif METRIC == FISHER:
         u = fisher_weigh(metric, d, d, d)
     else:

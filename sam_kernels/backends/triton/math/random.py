@@ -54,6 +54,21 @@ def random_word(seed, step, tensor, element):
 
 
 @triton.jit
+def random_words_of_eight(seed, step, tensor, element):
+    # See note: [eight neighbours] in csrc/math/random.h.
+    return random_words(seed, step, tensor, element >> 3 << 2)
+
+
+@triton.jit
+def sixteen_of(words, element):
+    # Those of element % 8 in the words of its eight: the low half of a word first.
+    low = tl.where((element & 2) != 0, words.x1, words.x0)
+    high = tl.where((element & 2) != 0, words.x3, words.x2)
+    word = tl.where((element & 4) != 0, high, low)
+    return tl.where((element & 1) != 0, word >> 16, word & 0xFFFF)
+
+
+@triton.jit
 def uniform(word):
     # In [0, 1). 24 bits are what a float holds, so nothing is rounded, 1 is never reached, and every engine
     # gets the same bits.
