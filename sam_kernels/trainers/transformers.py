@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from typing import Any
 
 from ..optimizer import SAM
-from ..running_stats import frozen
 from . import window
 
 
@@ -21,7 +20,9 @@ class SAMTrainerMixin:
     the perturbed weights and with the Trainer's own normalization of losses; the Trainer then clips the
     second gradient and calls ``optimizer.step()``. The batches stay in memory until the step is done. Losses
     that the Trainer logs are of the first gradient, the norm it logs is of the second. Under DDP both
-    gradients are averaged over the ranks, which share one perturbation.
+    gradients are averaged over the ranks, which share one perturbation. Under fp16 a step with a gradient
+    that is not finite is skipped, but the learning rate schedule takes it for one. fp16 has been tested with
+    a scaler on the CPU, and not on a GPU.
 
     Args:
         *args: for the Trainer.
@@ -31,7 +32,8 @@ class SAMTrainerMixin:
         **kwargs: for the Trainer.
 
     Raises:
-        RuntimeError: when training starts, for fp16, DeepSpeed, and recipes of more than two gradients.
+        RuntimeError: when training starts, for DeepSpeed and recipes of more than two gradients; under fp16
+            for recipes that need more of the first gradient than its direction.
         TypeError: when training starts, for a SAM of `sam_kernels.compat`.
 
     Example, runnable with transformers and accelerate in examples/trainers/transformers_text.py::
@@ -84,33 +86,19 @@ class SAMTrainerMixin:
 
     def _ascend(self, model: Any, batches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> None:
         """Leave perturbed weights and the gradient there, for the Trainer's ``optimizer.step()``."""
-        opt = window.find(self.optimizer, "SAMTrainerMixin")
-        # Where the ascent may be left out, the gradients there are have to stay.
-        may_stay = not opt.is_due or opt.recipe.cadence.needs_norm
-        opt.first_step(zero_grad=not may_stay)
-        if not window.is_perturbed(opt):
-            return
-        try:
-            if may_stay:
-                opt.zero_grad()
-            with nullcontext() if opt.model is None else frozen(opt.model):
-                for number, (inputs, args, kwargs) in enumerate(batches):
-                    is_last = number == len(batches) - 1
-                    accelerator = self.accelerator  # type: ignore[attr-defined]
-                    with nullcontext() if is_last else accelerator.no_sync(model=model):
-                        super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        except BaseException:
-            opt._abandon()  # no perturbed weights stay behind
-            raise
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        gradient = super().training_step  # type: ignore[misc]
+
+        def again() -> None:
+            for number, (inputs, args, kwargs) in enumerate(batches):
+                is_last = number == len(batches) - 1
+                with nullcontext() if is_last else accelerator.no_sync(model=model):
+                    gradient(model, inputs, *args, **kwargs)
+
+        window.ascend(window.find(self.optimizer, "SAMTrainerMixin"), again)
 
     def _begin(self) -> None:
         """Before the first micro-batch of a step: raise a sentence where it would not be one of SAM."""
-        accelerator = self.accelerator  # type: ignore[attr-defined]
-        if accelerator.scaler is not None:
-            raise RuntimeError(
-                "SAMTrainerMixin: fp16=True scales the loss, and this version has not been tested with a "
-                "gradient scaler there; use bf16=True, or neither"
-            )
         if getattr(self, "is_deepspeed_enabled", False):
             raise RuntimeError(
                 "SAMTrainerMixin: DeepSpeed's engine steps by itself, with weights of its own; see "

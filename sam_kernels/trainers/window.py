@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..compat import davda54
 from ..optimizer import SAM
+from ..running_stats import frozen
 
 Held = list[tuple[Tensor, Tensor | None]]
 
@@ -89,6 +93,45 @@ def give_gradients(held: Held) -> None:
     """Put back what `take_gradients` took; the next backward adds to it."""
     for param, grad in held:
         param.grad = grad
+
+
+def ascend(optimizer: SAM, again: Callable[[], None]) -> None:
+    """After the first gradient: go to ``w + e`` and leave the gradient there, for a ``step()`` to come.
+
+    Args:
+        optimizer: the parameters have the first gradient of the whole batch.
+        again: evaluates it once more; not called where this step does not perturb. If it raises, the weights
+            are restored.
+
+    Raises:
+        RuntimeError: for recipes that `SAM.first_step` refuses.
+
+    Example:
+        >>> import torch
+        >>> from sam_kernels import SAM
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> opt = SAM([w], torch.optim.SGD, rho=0.5, lr=0.1)
+        >>> ((w**2).sum() / 2).backward()
+        >>> ascend(opt, lambda: ((w**2).sum() / 2).backward())
+        >>> w.grad
+        tensor([3.3000, 4.4000])
+        >>> opt.step()
+        >>> w.data
+        tensor([2.6700, 3.5600])
+    """
+    # Where the ascent may be left out, the gradients there are have to stay.
+    may_stay = not optimizer.is_due or optimizer.recipe.cadence.needs_norm
+    optimizer.first_step(zero_grad=not may_stay)
+    if not is_perturbed(optimizer):
+        return
+    try:
+        if may_stay:
+            optimizer.zero_grad()
+        with nullcontext() if optimizer.model is None else frozen(optimizer.model), torch.enable_grad():
+            again()
+    except BaseException:
+        optimizer._abandon()
+        raise
 
 
 def restore(optimizer: SAM) -> None:

@@ -18,6 +18,8 @@ transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: make test-trainers does so"
 )
 
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+
 RHO, LR, BATCH, BATCHES, EPOCHS = 0.3, 0.2, 4, 5, 2
 X, Y = references.data(BATCH * BATCHES)
 IGNORED = Y.clone()
@@ -63,14 +65,13 @@ def collate(rows):
 
 def trainer_of(model, tmp_path, k=1, clip=0.0, cls=Trainer, **settings):
     options = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": LR}
-    options |= {"per_device_train_batch_size": BATCH, "save_strategy": "no"}
+    options |= {"per_device_train_batch_size": BATCH, "save_strategy": "no", "num_train_epochs": EPOCHS}
     keywords = {"sam": settings.pop("sam", {"rho": RHO})} if cls is Trainer else {}
     optimizers = settings.pop("optimizers", (None, None))
     args = transformers.TrainingArguments(
         output_dir=str(tmp_path),
         use_cpu=True,
         gradient_accumulation_steps=k,
-        num_train_epochs=EPOCHS,
         max_grad_norm=clip,
         report_to=[],
         disable_tqdm=True,
@@ -80,6 +81,14 @@ def trainer_of(model, tmp_path, k=1, clip=0.0, cls=Trainer, **settings):
     return cls(
         model=model, args=args, train_dataset=Rows(), data_collator=collate, optimizers=optimizers, **keywords
     )
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """Accelerators of one process share what the first was told."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def windows(k):
@@ -244,14 +253,36 @@ def test_a_failure_at_perturbed_weights_leaves_them_restored(tmp_path):
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize("poisoned", [{6, 8}, {8}], ids=["both passes", "the second pass"])
+def test_a_gradient_scaler(poisoned, clip, tmp_path):
+    """As fp16 would have it, but for the casts: scaled gradients, and the second step overflows."""
+    model, calls = Averaging(), []
+
+    def poison(module, inputs, output):
+        calls.append(1)
+        return output * float("inf") if len(calls) in poisoned else output
+
+    model.net.register_forward_hook(poison)
+    trainer = trainer_of(model, tmp_path, 2, clip, num_train_epochs=1)
+    accelerator = trainer.accelerator  # which scales on GPUs alone; autocast leaves fp64 as it is
+    accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=1024.0), True
+    accelerator.state._mixed_precision = "fp16"
+    trainer.train()
+    assert accelerator.scaler.get_scale() == 512.0
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert 0 < float(norms[0]) < 10, "the Trainer has clipped what was scaled"
+    expected = references.network()
+    base = torch.optim.SGD(expected.parameters(), lr=LR)
+    for number, batches in enumerate(windows(2)[:3]):
+        count = len(batches)
+        parts = [lambda x=x, y=y, n=count: cross_entropy(expected(x), y) / n for x, y in batches]
+        if number != 1:
+            references.train(expected, base, [parts], rho=RHO, clip=clip or None)
+    assert references.largest_difference(model.net, expected) <= 1e-12
+
+
 # ---- what is refused ---------------------------------------------------------------------------
-
-
-def test_a_gradient_scaler_is_refused(tmp_path):
-    trainer = trainer_of(Averaging(), tmp_path)
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(RuntimeError, match="fp16=True.*use bf16=True"):
-        trainer.train()
 
 
 def test_the_other_sam_is_refused(tmp_path):
