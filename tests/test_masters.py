@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 import warnings
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from fixtures import assert_close, awkward_parameters, every_backend, same_bits, values
 from oracles import bases, masters
+from test_costs import Allocations
 from torch.nn import Parameter
 
 from sam_kernels import SAM, recipes
@@ -625,3 +627,36 @@ def test_distributed_checkpoints_keep_masters_and_wide_state(base):
     assert same_bits(model.parameters(), other.parameters())
     both = [masters_of(list(m.parameters()), o) for m, o in ((model, opt), (other, resumed))]
     assert same_bits(*both)
+
+
+@every_base
+@pytest.mark.parametrize("recipe", ["sam", "asam", "msam", "friendly_sam", "ssam_d"])
+def test_a_native_step_allocates_nothing_but_masters_and_state(base, recipe):
+    """No snapshot in the first step, and nothing of a parameter's size from the second on."""
+    params = [Parameter(torch.randn(64, 65).to(BF16)), Parameter(torch.randn(4097).to(BF16))]
+    pool = itertools.cycle([[torch.randn_like(p) for p in params] for _ in range(4)])
+    kind, arguments, _ = base
+    more = (
+        {"recipe": recipe}
+        if recipe == "sam"
+        else {"recipe": recipes.asam(only=None) if recipe == "asam" else recipes.get(recipe)}
+    )
+    opt = SAM(params, kind, backend="native", master_weights=True, **more, **arguments)
+
+    def closure():
+        for p, g in zip(params, next(pool), strict=True):
+            p.grad = g
+        return 0.0
+
+    with Allocations(least=4097) as seen:
+        opt.step(closure)
+    if recipe == "sam":
+        state = 1 if kind is torch.optim.SGD else 2
+        assert sum(name.startswith("empty") for name, _ in seen.found) == 2 * (1 + state)
+    opt.step(closure)
+    with Allocations(least=4097) as seen:
+        for _ in range(3):
+            opt.step(closure)
+    assert seen.found == []
+    ((group, _),) = opt._groups()
+    assert (group.buffer_bytes() == 0) == (recipe in ("sam", "asam", "ssam_d"))

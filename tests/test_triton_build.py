@@ -324,7 +324,8 @@ def race(one: Compiled) -> str | None:
 
 
 def test_a_gradient_may_be_its_own_snapshot(compiled):
-    perturbations = [one for one in compiled if one.kernel == "perturb"]
+    # With masters no snapshot is written.
+    perturbations = [one for one in compiled if one.kernel == "perturb" and not one.constants["HAS_MASTERS"]]
     assert all("tt.store" in one.ttgir for one in perturbations)
     assert not [problem for one in perturbations if (problem := race(one))]
 

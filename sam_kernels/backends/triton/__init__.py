@@ -146,7 +146,8 @@ class Triton:
         plan.point(table, List.PARAMS, "params", group.params, group.dtype)
         plan.point(table, List.GRADS, "grads", group.grads, group.dtype)
         present = _point_snapshots(plan, table, group)
-        drawn = group.rounding
+        has_masks = _point_masks(plan, table, group)
+        has_masters, drawn = group.masters is not None, group.rounding
         if drawn is not None:
             table.put(List.NUMBERS, _integers("numbers", drawn.numbers, plan))
         self._launch(
@@ -159,14 +160,19 @@ class Triton:
             *(scalars(x, group, torch.float64) for x in (norm, peak, tensor_scale)),
             0 if drawn is None else _signed(drawn.seed),
             0 if drawn is None else drawn.step,
-            **_settings(group.dtype, takes_powers=shape == "powered"),
+            **_settings(
+                group.dtype,
+                takes_powers=shape == "powered",
+                many_lists=has_masters and has_masks,
+                takes_masks=has_masters and has_masks,
+            ),
             M=_type(group.kept_dtype),
             SHAPE=_SHAPES[shape],
-            HAS_MASTERS=group.masters is not None,
+            HAS_MASTERS=has_masters,
             AT_RANDOM=drawn is not None,
             HAS_ADAPTIVE=group.reads_weights,
             HAS_FISHER=has_fisher,
-            HAS_MASKS=_point_masks(plan, table, group),
+            HAS_MASKS=has_masks,
             Q=q,
         )
         count_perturbation(group, present)
