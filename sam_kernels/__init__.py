@@ -8,7 +8,7 @@
 Importing this package compiles nothing and initialises no device.
 """
 
-from . import backends, ops, policies, recipes, running_stats, sampling, schedules, trajectory
+from . import backends, graphs, ops, policies, recipes, running_stats, sampling, schedules, trajectory
 from ._version import __version__
 from .optimizer import SAM
 from .recipe import Recipe
@@ -18,6 +18,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "backends",
+    "graphs",
     "ops",
     "policies",
     "recipes",

@@ -113,7 +113,7 @@ def check_capture(opt: SAM, what: str) -> None:
         RuntimeError: saying why; the capture fails, and the weights are as before.
     """
     groups = [group for group, _ in opt._served or ()]
-    if not any(map(is_capturing, {group.device for group in groups})):
+    if not any(map(is_capturing, {group.device for group in groups} or opt._devices())):
         return
     sentence = refusal(opt)
     if sentence is None and callable(opt.recipe.rho) and not opt._rewrites_tables:
@@ -318,14 +318,10 @@ def _check_batch(batch: Sequence[Any], places: Sequence[Tensor]) -> None:
 
 
 def _known(opt: SAM) -> list[Any]:
-    """What the graph knows by address: groups, masks, state."""
-    base, slots = opt.base_optimizer, opt._slots
-    known: list[Any] = [base.state, *slots.scalars.values()]
+    """What holds the tensors that the graph knows by address: loading and rebuilding make others of these."""
+    known: list[Any] = [opt.base_optimizer.state, opt._slots.tensors, *opt._slots.scalars.values()]
     for group, _ in opt._groups():
         known += [group, group.masks]
-        for p in group.params:
-            known += [x for x in base.state.get(p, {}).values() if isinstance(x, Tensor)]
-            known += [own[p] for own in slots.tensors.values() if p in own]
     return known
 
 

@@ -56,6 +56,38 @@ def test_c1_interrupt_in_pass_two_leaves_the_old_weights(backend):
     assert not base_state(opt)
 
 
+@pytest.mark.parametrize("name", recipes.names())
+def test_c1_interrupt_in_any_pass_of_any_recipe_leaves_the_old_weights(name):
+    model = small_net(torch.float32)
+    always = {"late": -100.0, "early": -100.0} if name == "ae_sam" else {}
+    recipe = recipes.get(name, **always)
+    opt = SAM(model.named_parameters(), torch.optim.SGD, recipe=recipe, lr=0.1, momentum=0.9)
+    calls = []
+
+    def closure(failing=0):
+        calls.append(1)
+        loss = backward_of(model, INPUTS[0].float())()
+        if len(calls) == failing:
+            raise KeyboardInterrupt
+        return loss
+
+    def step(failing=0):
+        calls.clear()
+        more = {"ahead": closure} if name == "sampa" else {}
+        opt.step(lambda: closure(failing), **more)
+
+    step()
+    for number in range(1, recipe.gradients + (name != "sampa")):
+        while not opt.is_due:
+            step()
+        before = values(model.parameters())
+        with pytest.raises(KeyboardInterrupt):
+            step(number)
+        assert same_bits(model.parameters(), before)
+        step()
+        assert not same_bits(model.parameters(), before)
+
+
 @every_backend
 def test_c3_branch_used_in_one_pass_only(backend):
     model = torch.nn.ModuleList([torch.nn.Linear(3, 1) for _ in range(3)])

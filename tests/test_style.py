@@ -55,6 +55,9 @@ PUBLIC = {
     "SAM.first_step": SAM.first_step,
     "SAM.second_step": SAM.second_step,
     "SAM.perturbed": SAM.perturbed,
+    "SAM.first_pass": SAM.first_pass,
+    "SAM.capturable": SAM.capturable,
+    "graphs.make_graphed_step": sam_kernels.graphs.make_graphed_step,
     "SAM.backends": SAM.backends,
     "running_stats.frozen": sam_kernels.running_stats.frozen,
     "sampling.sharpest": sam_kernels.sampling.sharpest,
@@ -74,7 +77,16 @@ def test_every_public_name_has_a_docstring(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["SAM", "Recipe", "running_stats.frozen", "recipes.get", "sampling.sharpest", "sampling.top_losses"],
+    [
+        "SAM",
+        "Recipe",
+        "SAM.first_pass",
+        "graphs.make_graphed_step",
+        "running_stats.frozen",
+        "recipes.get",
+        "sampling.sharpest",
+        "sampling.top_losses",
+    ],
 )
 def test_the_main_names_have_an_example(name):
     assert ">>>" in (inspect.getdoc(PUBLIC[name]) or "")

@@ -13,7 +13,7 @@ import torch
 from cases import RECIPES
 from torch.nn import Parameter
 
-from sam_kernels import SAM, backends
+from sam_kernels import SAM, backends, recipes
 from sam_kernels.backends import reference, triton
 from sam_kernels.backends.triton import plan, runtime
 from sam_kernels.tensor_groups import EUCLIDEAN, FISHER, TensorGroup
@@ -271,6 +271,60 @@ def test_steps_with_everything_in_place_upload_nothing_and_can_be_captured(
     monkeypatch.setattr(plan, "is_capturing", lambda device: True)
     for _ in range(2):
         step()
+    assert not uploads
+
+
+def test_lists_that_take_turns_are_uploaded_once_each(layout, uploads):
+    table, turns = layout.table("combine_"), [tensors() for _ in range(plan.KEPT)]
+    for _ in range(3):
+        for lists in turns:
+            layout.point(table, plan.List.LISTS, "lists[0]", lists, torch.float32)
+            found = table.on_device()[plan.List.LISTS].tolist()
+            assert found[0] == lists[0].data_ptr() and found[2] == lists[2].data_ptr()
+    assert len(uploads) == plan.KEPT
+    others = [tensors() for _ in range(2)]
+    for lists in [*others, turns[2]]:  # the two that were used longest ago have made room
+        layout.point(table, plan.List.LISTS, "lists[0]", lists, torch.float32)
+        assert table.on_device()[plan.List.LISTS, 0] == lists[0].data_ptr()
+    assert len(uploads) == plan.KEPT + 2
+
+
+def test_tables_of_a_graph_make_no_room(layout, monkeypatch):
+    table, first = layout.table("combine_"), tensors()
+    monkeypatch.setattr(plan, "is_capturing", lambda device: False)
+    layout.point(table, plan.List.LISTS, "lists[0]", first, torch.float32)
+    table.on_device()
+    monkeypatch.setattr(plan, "is_capturing", lambda device: True)
+    captured = table.on_device()
+    kept = captured.clone()
+    monkeypatch.setattr(plan, "is_capturing", lambda device: False)
+    later = [tensors() for _ in range(2 * plan.KEPT)]
+    for lists in later:
+        layout.point(table, plan.List.LISTS, "lists[0]", lists, torch.float32)
+        assert table.on_device() is not captured
+    assert torch.equal(captured, kept)
+    layout.point(table, plan.List.LISTS, "lists[0]", first, torch.float32)
+    assert table.on_device() is captured
+
+
+@interpreted.needed
+@pytest.mark.parametrize("name", ["cr_sam", "friendly_sam", "gnp", "gsam", "lookbehind_sam", "multistep_sam"])
+def test_whole_steps_of_recipes_with_several_lists_upload_nothing_either(name, uploads, monkeypatch):
+    weights = [Parameter(torch.randn(3, 4)), Parameter(torch.randn(5))]
+    bound = {"recipe": recipes.get(name), "max_grad_norm": 0.5, "backend": "interpreted"}
+    opt = SAM(weights, torch.optim.SGD, lr=0.1, momentum=0.9, **bound)
+    opt.copies_gradients = opt._clears_by_zeros = True
+
+    def closure():
+        loss = sum((w**2).sum() for w in weights)
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        opt.step(closure)
+    uploads.clear()
+    monkeypatch.setattr(plan, "is_capturing", lambda device: True)
+    opt.step(closure)
     assert not uploads
 
 

@@ -3,14 +3,15 @@
 note: [tables]
 Kernels take addresses from int64 tables, so one launch serves any number of tensors. The chunks follow
 from the sizes alone and are uploaded once. Passes that read different lists have different tables, each
-uploaded before a pass in one asynchronous copy from pinned memory, and only if an address in it changed since
-the last time.
+uploaded before a pass in one asynchronous copy from pinned memory, and only if its addresses are not those of
+one that is there already.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -48,6 +49,9 @@ ROWS = len(List) + 3
 
 # tensor, first element, elements, number in tensor order, row of the table of scalars
 CHUNK_COLUMNS = 5
+
+# Tables of one pass that stay on the device; the recipes' steps have six lists at most that take turns.
+KEPT = 8
 
 # What stands for the address of a tensor without elements, which has none: it takes part all the same.
 _NOTHING = 16
@@ -96,18 +100,29 @@ def cut(sizes: list[int], row: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(chunks[order]), first
 
 
+@dataclass(eq=False)
+class Upload:
+    """A table on the device, and the numbers in it."""
+
+    rows: np.ndarray
+    numbers: Tensor
+    is_captured: bool = False  # a graph reads it at every replay: it is the graph's then
+
+
 class Table:
-    """The addresses that one pass reads, on the host and on the device. note: [tables]"""
+    """The addresses that one pass reads, on the host and on the device. note: [tables]
+
+    A step may run a pass more than once, over lists that take turns. So the last few tables stay on the
+    device: in the next step, or in a CUDA graph, they are there.
+    """
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.rows = np.zeros((ROWS, count), dtype=np.int64)
         self.snapshots: Any = None  # the list of snapshots that was read last, where it stands between steps
         self.masks: Any = None  # the list of masks that was read last
         self._device = device
-        self._on_device: Tensor | None = None
+        self._uploads: list[Upload] = []  # used last comes last
         self._is_stale = True
-        self._is_captured = False
-        self._graphs_hold: list[Tensor] = []
 
     def put(self, row: int, numbers: np.ndarray) -> None:
         """Write one row."""
@@ -122,24 +137,29 @@ class Table:
             RuntimeError: if an address changed while a CUDA graph is captured.
         """
         capturing = is_capturing(self._device)
-        if self._is_stale or self._on_device is None:
-            if capturing:
-                raise RuntimeError(_CAPTURING)
-            self._on_device = self._upload()
-        self._is_captured = self._is_captured or capturing
-        return self._on_device
+        if self._is_stale:
+            found = next((one for one in self._uploads if np.array_equal(one.rows, self.rows)), None)
+            if found is None:
+                if capturing:
+                    raise RuntimeError(_CAPTURING)
+                found = self._upload()
+            else:
+                self._uploads.remove(found)
+            self._uploads.append(found)
+            self._is_stale = False
+        present = self._uploads[-1]
+        present.is_captured = present.is_captured or capturing
+        return present.numbers
 
-    def _upload(self) -> Tensor:
-        present = self._on_device
-        if self._is_captured and present is not None:
-            # A graph reads this one at every replay: from now on it is the graph's.
-            self._graphs_hold.append(present)
-            present, self._is_captured = None, False
-        if present is None:
-            present = torch.empty(self.rows.shape, dtype=torch.int64, device=self._device)
-        present.copy_(_ready(torch.from_numpy(self.rows.copy()), self._device), non_blocking=True)
-        self._is_stale = False
-        return present
+    def _upload(self) -> Upload:
+        free = [one for one in self._uploads if not one.is_captured]
+        if len(free) < KEPT:
+            numbers = torch.empty(self.rows.shape, dtype=torch.int64, device=self._device)
+        else:
+            numbers = free[0].numbers
+            self._uploads.remove(free[0])
+        numbers.copy_(_ready(torch.from_numpy(self.rows.copy()), self._device), non_blocking=True)
+        return Upload(self.rows.copy(), numbers)
 
 
 class Plan:
