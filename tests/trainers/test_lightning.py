@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
     pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:You are using the .dataloader_iter. step flavor"),
 ]
 
 RHO, LR, BATCH, BATCHES, EPOCHS = 0.3, 0.2, 4, 5, 2
@@ -68,7 +69,7 @@ def fit(module, *callbacks, precision="64-true", k=1, epochs=EPOCHS, rank=None, 
         devices, batch = ranks.RANKS, BATCH // ranks.RANKS
         sampler = DistributedSampler(dataset, devices, rank, shuffle=False)
         settings.update(strategy="ddp", use_distributed_sampler=False)
-    trainer = pl.Trainer(
+    trainer = settings.pop("library", pl).Trainer(
         accelerator="cpu",
         devices=devices,
         max_epochs=epochs,
@@ -307,6 +308,31 @@ def test_the_optimizer_is_as_it_was_after_the_fit():
     references.train(expected, base, [[lambda: cross_entropy(expected(X[:BATCH]), Y[:BATCH])]], rho=RHO)
     assert references.largest_difference(module.net, expected) <= 1e-13
     assert "step" not in module.optimizers(use_pl_optimizer=False).__dict__
+
+
+def test_the_other_name_of_lightning():
+    """pytorch_lightning has base classes of its own, and Lightning minds which."""
+    other = pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed")
+
+    class Callback(ours.Hooks, other.Callback):
+        pass
+
+    class OtherModule(other.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = references.network()
+
+        def training_step(self, batch):  # without batch_idx, which is as good
+            return {"loss": cross_entropy(self.net(batch[0]), batch[1])}
+
+        def configure_optimizers(self):
+            return SAM(self.parameters(), torch.optim.SGD, rho=RHO, lr=LR, momentum=0.9)
+
+    module = OtherModule()
+    fit(module, Callback(), k=2, library=other)
+    assert references.largest_difference(module.net, reference(2)[0]) <= TOLERANCE["64-true"]
+    with pytest.raises(RuntimeError, match="Lightning accumulates gradients"):
+        fit(OtherModule(), k=2, library=other)
 
 
 # ---- what is refused ---------------------------------------------------------------------------
