@@ -51,7 +51,7 @@ from .policies import (
 from .recipe import Recipe, check_adaptive, check_rho
 from .rng import Replay, check_rng
 from .rounding import check_options, warn_if_swallowed
-from .scaling import Scaling
+from .scaling import Scaling, Verdict
 from .schedules import ProportionalToLr
 from .selection import Block
 from .sharding import flat_shardings
@@ -220,6 +220,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         "_gate_is_closed",
         "_swapped",
         "_replay",
+        "_seen",
+        "_verdict",
     )
 
     def _forget_transients(self) -> None:
@@ -234,6 +236,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         self._gate_is_closed = False
         self._swapped: tuple[Served, combination.Lists] | None = None
         self._replay = Replay()
+        self._seen: Tensor | None = None
+        self._verdict: Verdict | None = None
 
     @classmethod
     def wrap(cls, base_optimizer: Optimizer, recipe: Recipe | str | None = None, **kwargs: Any) -> SAM:
@@ -356,6 +360,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         *,
         ahead: Closure | None = None,
         m_sharpness: bool = False,
+        scaler: Any = None,
     ) -> Any:
         """Take one step.
 
@@ -368,17 +373,19 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         optimizer's ``zero_grad``, which does nothing there. With `m_sharpness` every part has a perturbation
         of its own, and the resulting gradients are added up.
 
-        Under a `torch.amp.GradScaler` call ``scaler.step(opt)`` after `first_step` and the second scaled
-        backward: weights are restored in every case, and updated with unscaled gradients unless one is not
-        finite. Recipes that take more from the first gradient than its direction must know the scale sooner
-        and say so; ``scaler.step(opt, closure)`` serves all, after a backward of its own for the scaler to
-        look at. An overflow inside the closure skips the step, and the scaler does not hear of it. Call its
-        ``unscale_`` after the second backward or not at all.
+        Under a `torch.amp.GradScaler` closures scale their losses, ``step(closure, scaler=scaler)`` takes the
+        place of ``scaler.step``, and ``scaler.update()`` follows: every pass is unscaled, an overflow in any
+        of them skips the update, and the scaler hears of it. In the two-step form call ``scaler.step(opt)``
+        after the second scaled backward, and ``unscale_`` between them or not at all; weights are restored in
+        every case. Recipes that take more from the first gradient than its direction must know the scale
+        sooner, and say so. ``scaler.step(opt, closure)``, as accelerate has it, works for all, but for a
+        scaler that does not hear of an overflow inside the closure.
 
         Args:
             closure: recomputes the loss, calls backward and returns the loss; or a list of such functions.
             ahead: the closure of the next batch, for recipes that look ahead (`recipes.sampa`).
             m_sharpness: perturb for each closure of a list by itself (Foret et al. 2021, section 4.1).
+            scaler: a `torch.amp.GradScaler` whose ``scale`` the closures apply to their losses.
 
         Returns:
             What the closure returned in the first pass; for a list, the list of it; None without a closure.
@@ -390,12 +397,18 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         """
         hooks, closure = (closure, None) if has_hooks_alone(closure) else (None, closure)
         check_closures(self.recipe, closure, ahead, m_sharpness)
+        if scaler is not None and (closure is None or self._is_scaled):
+            raise TypeError(
+                "step(): scaler goes with closures, and where scaler.step() makes the call it is not needed; "
+                "in the two-step form call scaler.step(opt)"
+            )
         was_idle = self._phase == _IDLE
         self._runs_closure = closure is not None
         try:
             if callable(hooks):
                 hooks()
-            return self._step(closure, ahead=ahead, m_sharpness=m_sharpness)
+            with self._scaled_by(scaler):
+                return self._step(closure, ahead=ahead, m_sharpness=m_sharpness)
         except BaseException:
             # Hooks run inside too: whatever raises, no perturbed weights stay behind. Only a closure
             # given in the middle of a two-step leaves that as it is.
@@ -798,6 +811,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
 
     def _update(self, guard: Tensor | None, clip: Tensor | None = None) -> None:
         """Restore the weights, and let the base step with the present gradients times `clip`."""
+        self._see(guard)
         rule, _ = state.fused_rule(self.base_optimizer)
         if self.master_weights:
             masters.check(self.recipe, self.base_optimizer)  # a flag or a hook may have come since

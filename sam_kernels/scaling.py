@@ -10,11 +10,17 @@ note: [scale-free recipes]
 Most recipes take from a gradient its direction alone until the base gets the last: they run on scaled
 gradients, and the update divides. The others get gradients that were divided before anything reads them; in
 the two-step form that is too late for what `first_step` has done with the first, so some are refused there.
+
+note: [closures and overflow]
+A scaler looks at gradients before it calls ``step(closure)``, and learns nothing of what the closure makes.
+With ``step(closure, scaler=scaler)`` it is us who call: the scale is ``scaler.scale`` of a one, and a
+`Verdict` tells it of an overflow in any pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,6 +85,23 @@ def is_scale_free(recipe: Recipe) -> bool:
     return reason_at_first(recipe) is None
 
 
+class Verdict:
+    """What a scaler takes for an optimizer: its one gradient is infinite where a step's guard is not finite.
+
+    So the scaler learns what became of a step whose gradients it has not seen, and no host waits for that.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(self, guard: Tensor) -> None:
+        param = torch.zeros((), device=guard.device)
+        param.grad = torch.isfinite(guard).float().reciprocal()
+        self.param_groups = [{"params": [param]}]
+
+    def step(self) -> None:
+        """There is nothing to update."""
+
+
 class Scaling:
     """Base of `SAM`: what scaled gradients take; see note [what a scaler hands over]."""
 
@@ -86,6 +109,9 @@ class Scaling:
     _held: Held
     _held_of: Served
     _runs_closure: bool
+    _seen: Tensor | None  # the guards of the updates of this step
+    _verdict: Verdict | None
+    param_groups: list[dict[str, Any]]
     _measure: Measure | None
     _groups: Callable[[], Served]
     _read_gradients: Callable[..., Served]
@@ -94,6 +120,27 @@ class Scaling:
     def _step_supports_amp_scaling(self) -> bool:
         # Lightning asks inside of a closure, before it clips, and takes True for a reason not to.
         return not self._runs_closure
+
+    @contextmanager
+    def _scaled_by(self, scaler: Any) -> Iterator[None]:
+        """Around step(closure): its gradients have the scale of this scaler, which hears of overflows."""
+        self._seen = None
+        if scaler is None or not scaler.is_enabled():
+            yield
+            return
+        self.grad_scale = scaler.scale(torch.ones((), device=self.param_groups[0]["params"][0].device))
+        try:
+            yield
+        finally:
+            del self.grad_scale
+        seen = torch.zeros(()) if self._seen is None else self._seen
+        self._verdict = Verdict(seen)  # kept: the scaler knows it by its id until the update
+        scaler.step(self._verdict)
+
+    def _see(self, guard: Tensor | None) -> None:
+        """An update goes by this guard."""
+        if self._runs_closure and guard is not None and self._is_scaled:
+            self._seen = guard if self._seen is None else self._seen + guard.to(self._seen.device)
 
     @property
     def _is_scaled(self) -> bool:
@@ -166,7 +213,7 @@ class Scaling:
             raise RuntimeError(
                 f"step(): a GradScaler is in use, and recipe '{recipe.name}' must know the scale before the "
                 f"second backward, since {reason}. The weights are restored and nothing was updated; give "
-                "the scaler a closure, scaler.step(opt, closure), or train in bfloat16 without one"
+                "the optimizer a closure, opt.step(closure, scaler=scaler), or train in bfloat16 without one"
             )
         if self._scale is None:
             if self._held:

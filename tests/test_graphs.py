@@ -217,6 +217,40 @@ def test_two_steps_under_a_scaler_ask_nothing_of_the_host(name, monkeypatch):
     assert not spy.found
 
 
+class Scaler:
+    """As much of a GradScaler as a device without numbers can have."""
+
+    def is_enabled(self):
+        return True
+
+    def scale(self, loss):
+        return loss * torch.ones((), device="meta")
+
+    def step(self, other):
+        assert [p.grad.device.type for group in other.param_groups for p in group["params"]] == ["meta"]
+
+
+@pytest.mark.parametrize("name", [name for name in CAPTURED if name != "sampa"])
+def test_a_scaler_that_is_given_asks_nothing_of_the_host(name, monkeypatch):
+    model = net("meta")
+    opt, scaler = around(model, recipes.get(name), "adamw"), Scaler()
+    x, y = batch(0, "meta")
+
+    def closure():
+        loss = loss_fn(model, x, y)
+        scaler.scale(loss).backward()
+        return loss
+
+    real = torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda x: True if x.is_meta else real(x))
+    for _ in range(2):
+        opt.step(closure, scaler=scaler)
+    monkeypatch.undo()
+    with Spy() as spy:
+        opt.step(closure, scaler=scaler)
+    assert not spy.found
+
+
 def test_rates_and_radii_on_the_device_are_not_read(monkeypatch):
     for options in ({"rho": None}, {"recipe": ProportionalToLr(0.5, 0.1, 0.2, 0.0)}):
         model = net("meta")
