@@ -2,11 +2,13 @@
 #   make demo    make test    make help
 # PYTHON  the interpreter that makes .venv.
 # VENV    where it is made; VENV= (empty) uses PYTHON as it is, with the sam_kernels installed there.
+# EXTRAS  what pip installs beside the package; with trainers `make test` runs their tests too.
 # TORCH   what pip installs as torch; add --index-url where your index has no small build of it.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+EXTRAS ?= dev,demo,bench
 
 ifeq ($(VENV),)
 PY := $(PYTHON)
@@ -103,7 +105,7 @@ $(VENV)/.tools: pyproject.toml
 # Without isolation, so that object files are reused and a change in one source costs its own compilation.
 $(VENV)/.package: $(VENV)/.tools $(NATIVE)
 	@echo "building and installing sam_kernels"
-	@$(TOOLS) $(PIP) --no-build-isolation -e '.[dev,demo,bench]'
+	@$(TOOLS) $(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
 $(VENV)/.trainers: $(VENV)/.package

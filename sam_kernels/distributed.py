@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .policies import Remembering, Sparse
+from .policies import Anticipated, Dense, LayerWise, Remembering, ReuseOrthogonal, Sparse
 from .recipe import Recipe
-from .sharding import fsdp_modules
+from .sharding import fsdp_modules, is_dtensor, ranks_in
 from .tensor_groups import TensorGroup
 
 # note: [whose perturbation]
@@ -37,6 +37,7 @@ class Ranks:
         self._ddp = ddp
         self._replicas = replicas
         self._is_pass_averaged = True
+        self._had_first_pass = False  # of the two-step form
 
     @property
     def are_several(self) -> bool:
@@ -55,6 +56,8 @@ class Ranks:
         before, self._is_pass_averaged = self._is_pass_averaged, is_pass_averaged
         try:
             is_quiet = self._ddp is not None and not (is_pass_averaged and is_last)
+            # torch fails in no_sync() there; averaging each part of a sum is right too.
+            is_quiet = is_quiet and not getattr(self._ddp, "static_graph", False)
             with self._ddp.no_sync() if is_quiet else nullcontext():
                 yield
         finally:
@@ -65,6 +68,47 @@ class Ranks:
         if self._is_pass_averaged:
             torch.distributed.all_reduce(gradients, group=self._replicas)
             gradients /= self._replicas.size()
+
+    def note_first_pass(self, has_been: bool) -> None:
+        """The first pass of the two-step form has run where it could be told apart, or is over."""
+        self._had_first_pass = has_been
+
+    def require_first_pass(self) -> None:
+        """Raise a sentence unless the gradients that are there can be this rank's own.
+
+        Raises:
+            RuntimeError: if the first pass was not run inside `first_pass`.
+        """
+        if self.are_apart and not self._had_first_pass:
+            raise RuntimeError(
+                "first_step(): across_ranks='per_rank' perturbs along this rank's own gradient, and outside "
+                "of first_pass() it was averaged over all ranks; run forward and backward inside "
+                "`with opt.first_pass():`, or use step(closure)"
+            )
+
+    def check_replicas(self, groups: list[TensorGroup]) -> None:
+        """Raise a sentence where gradients would be averaged twice, or parts of different weights together.
+
+        Raises:
+            ValueError: naming the mesh to shard over.
+        """
+        if self._replicas is None:
+            return
+        own = ranks_in(self._replicas)
+        if any(own in group.sharding.ranks for group in groups):
+            raise ValueError(
+                "SAM: replicas= is a dimension over which the parameters are sharded, and averaging over it "
+                "would mix parts of different weights; give the dimension they are replicated over"
+            )
+        placed = [p for group in groups if group.has_dtensors for p in group.owners if is_dtensor(p)]
+        for p in placed:
+            pairs = enumerate(p.placements)  # type: ignore[attr-defined]
+            if any(x.is_replicate() and p.device_mesh.size(d) > 1 for d, x in pairs):  # type: ignore[attr-defined]
+                raise ValueError(
+                    "SAM: replicas= averages over ranks that fully_shard averages over already, as its mesh "
+                    "has a dimension that replicates; apply fully_shard to the sharding dimension alone, "
+                    "fully_shard(module, mesh=mesh['shard']), or drop replicas="
+                )
 
     def share(self, guard: Tensor | None) -> Tensor | None:
         """A guard that is finite only where it is so on all ranks, which then take the same branch."""
@@ -146,8 +190,10 @@ def _check_apart(recipe: Recipe, model: nn.Module | None, ddp: Any, replicas: An
 
 
 def _why_not_per_rank(recipe: Recipe) -> str | None:
-    if recipe.combine.gradients > 1 or recipe.probe.needs_closure and recipe.combine.gradients != 1:
+    if recipe.combine.gradients > 1:
         return "it combines gradients of several passes, and only the last would be averaged"
+    if recipe.probe.moves_base:
+        return "its base steps with the gradient of every pass, and only the last would be averaged"
     if isinstance(recipe.direction, Remembering):
         return "it remembers gradients, and each rank would remember others, which no checkpoint of one holds"
     if recipe.cadence.needs_norm:
@@ -157,20 +203,44 @@ def _why_not_per_rank(recipe: Recipe) -> str | None:
     return None
 
 
-def check_sharded(recipe: Recipe, groups: list[TensorGroup]) -> None:
+def check_sharded(recipe: Recipe, groups: list[TensorGroup], ranks: Ranks) -> None:
     """Raise a sentence where a recipe cannot be had with DTensors or parts of tensors.
 
     Raises:
-        ValueError: naming the recipe.
+        ValueError: naming the recipe, or what averages gradients already.
     """
     if not any(group.has_dtensors or group.sharding.groups for group in groups):
         return
+    ranks.check_replicas(groups)
+    is_flat = any(group.sharding.groups and not group.has_dtensors for group in groups)
+    if (
+        is_flat
+        and isinstance(recipe.combine, ReuseOrthogonal)
+        or is_flat
+        and isinstance(recipe.probe, Anticipated)
+    ):
+        raise ValueError(
+            f"recipe '{recipe.name}' keeps gradients from step to step, and under FullyShardedDataParallel a "
+            "rank may have none where others have some; use fully_shard"
+        )
+    goes_by_tensor = isinstance(recipe.metric, LayerWise) or recipe.metric.needs_names()
+    goes_by_tensor = goes_by_tensor or not isinstance(recipe.mask, Dense | Sparse)
+    if goes_by_tensor and any(isinstance(p, _flat_parameters()) for group in groups for p in group.owners):
+        raise ValueError(
+            f"recipe '{recipe.name}' goes by tensors or their names, and FullyShardedDataParallel has joined "
+            "them; build it with use_orig_params=True, or use fully_shard"
+        )
     mask = recipe.mask
     if isinstance(mask, Sparse) and mask.is_stored:
         raise ValueError(
             f"recipe '{recipe.name}' selects weights by rank, and this is not done yet where parameters are "
             "DTensors or spread over ranks; use a recipe without a mask, or DistributedDataParallel"
         )
+
+
+def _flat_parameters() -> tuple[type, ...]:
+    module = sys.modules.get("torch.distributed.fsdp._flat_param")
+    return () if module is None else (module.FlatParameter,)
 
 
 def warn_if_gathered_weights_may_stay(groups: list[TensorGroup], model: nn.Module | None) -> None:

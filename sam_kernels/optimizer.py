@@ -54,7 +54,7 @@ from .rounding import check_options, warn_if_swallowed
 from .scaling import Scaling, Verdict
 from .schedules import ProportionalToLr
 from .selection import Block
-from .sharding import flat_shardings
+from .sharding import flat_shardings, fsdp_modules, local
 from .slots import Slots
 from .steps import Closure, Steps
 from .tensor_groups import FIXED, collect, lives_on_device, number
@@ -211,6 +211,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
     _TRANSIENT = (
         "_served",
         "_layout",
+        "_gatherers",
         "_graphs_hold",
         "_measure",
         "_held",
@@ -227,6 +228,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
     def _forget_transients(self) -> None:
         self._served: Served | None = None
         self._layout: list[Any] = []
+        self._gatherers: list[Any] = []  # modules that gather what was sharded
         self._graphs_hold: list[Any] = []
         self._measure: Measure | None = None
         self._held: combination.Held = []
@@ -414,6 +416,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             # given in the middle of a two-step leaves that as it is.
             if closure is None or was_idle:
                 self._abandon()
+            self._forget_scaler()
             raise
         finally:
             self._runs_closure = False
@@ -481,6 +484,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         graphs.check_capture(self, "first_step()")
         if self.recipe.direction.needs_gradient:
             self._require_first_pass()
+            if self.is_due:
+                self.ranks.require_first_pass()
             self._decay_inside()
         if self.is_due and self._passes_gate():
             self._ascend(by_copy=not zero_grad)
@@ -522,6 +527,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         try:
             with self.ranks.averaging(self._averages(0)):
                 yield
+            self.ranks.note_first_pass(True)
         except BaseException:
             self._replay.forget()
             raise
@@ -730,6 +736,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             perturbation.forget(group)
             group.drop_gradients()
         mark_left(self.param_groups)
+        self.ranks.note_first_pass(False)
         self._weights_have_moved()
 
     def _revalidate(self) -> None:
@@ -872,6 +879,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         for param_group in self.param_groups:
             param_group["sam_step"] += 1
         mark_left(self.param_groups)
+        self.ranks.note_first_pass(False)
         self._weights_have_moved()
 
     def _clip(self, guard: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -931,7 +939,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         lrs = [group.get("lr") for group in self.param_groups]
         # A rate on the device is not waited for: it is a schedule's, and not that zero.
         no_rate = all(lr is not None and not lives_on_device(lr) and float(lr) == 0.0 for lr in lrs)
-        if no_rate and self.is_due and not self._is_scaled:
+        if no_rate and not self._is_scaled and (self.is_due or not self._any_slope()):
             # torch's distributed checkpoint asks for a step like this to make the state exist.
             if self.master_weights:
                 self._update(None)  # which makes the state in fp32
@@ -952,6 +960,11 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         self._decay_inside()
         self._descend()
 
+    def _any_slope(self) -> bool:
+        """Whether any gradient is not zero; the host waits, and asks only where every lr is 0."""
+        grads = [local(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return any(bool(grad.any()) for grad in grads)
+
     # ---- tensor groups -------------------------------------------------------------------------
 
     def _groups(self) -> Served:
@@ -971,7 +984,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         member_of = member_lookup(self.param_groups, self.model)
         shardings = flat_shardings(self.model)
         groups = collect(self.param_groups, self.recipe, member_of, self._adaptive_key, shardings)
-        distributed.check_sharded(self.recipe, groups)
+        distributed.check_sharded(self.recipe, groups, self.ranks)
         if groups and all(metric == FIXED for group in groups for _, metric, _ in group.keys):
             raise ValueError(
                 f"recipe '{self.recipe.name}' selects none of the parameters; nothing would be perturbed"
@@ -983,6 +996,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             self._next_masks = None  # it was for the former groups
         self._served = served
         self._layout = layout
+        has_dtensors = any(group.has_dtensors for group in groups)
+        self._gatherers = fsdp_modules(self.model) if has_dtensors else []
         return served
 
     def _retire_groups(self) -> None:

@@ -137,6 +137,11 @@ class Scaling:
         self._verdict = Verdict(seen)  # kept: the scaler knows it by its id until the update
         scaler.step(self._verdict)
 
+    def _forget_scaler(self) -> None:
+        """After a step that failed: a scaler takes its attributes back only after those that do not."""
+        for name in ("grad_scale", "found_inf"):
+            self.__dict__.pop(name, None)
+
     def _see(self, guard: Tensor | None) -> None:
         """An update goes by this guard."""
         if self._runs_closure and guard is not None and self._is_scaled:
@@ -205,6 +210,7 @@ class Scaling:
         """
         if not self._is_scaled:
             return
+        self._refuse_flat_shards()
         recipe = self.recipe
         reason = reason_at_first(recipe)
         if reason is None and is_decayed and recipe.decay == "inside":
@@ -227,12 +233,28 @@ class Scaling:
             for lists in self._held:
                 self._divide(self._held_of, lists)
 
+    def _refuse_flat_shards(self) -> None:
+        """Ranks of FullyShardedDataParallel (FSDP1) would not agree whether to skip.
+
+        Raises:
+            RuntimeError: saying where they do.
+        """
+        if self._scale is None:
+            return
+        if any(group.sharding.groups and not group.has_dtensors for group, _ in self._groups()):
+            raise RuntimeError(
+                "step(): under FullyShardedDataParallel a scaler asks all ranks for overflows in unscale_() "
+                "alone; use ShardedGradScaler, the two-step form, and scaler.unscale_(opt) before "
+                "scaler.step(opt). The weights are restored and nothing was updated"
+            )
+
     def _require_scale(self) -> None:
         """Before step(closure).
 
         Raises:
             RuntimeError: where the closure will scale gradients by a number that the scaler has not told.
         """
+        self._refuse_flat_shards()
         if self._is_scaled and self._scale is None:
             raise RuntimeError(
                 "step(closure): scaler.unscale_(opt) was called before, so the scaler does not tell its "

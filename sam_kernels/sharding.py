@@ -7,8 +7,8 @@ belongs to the user (parameters, their state, their gradients) stays a DTensor.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,10 +25,18 @@ from torch import Tensor, nn
 class Sharding:
     """The process groups over which the elements of a tensor are spread; none where each rank has all.
 
-    Two parameters of equal sharding share their collectives, one for each process group.
+    Two parameters that are spread over the same ranks share their collectives, one for each process group;
+    equal meshes may come with process groups of their own.
     """
 
-    groups: tuple[Any, ...] = ()
+    groups: tuple[Any, ...] = field(default=(), compare=False)
+    ranks: tuple[tuple[int, ...], ...] = ()  # of each group
+
+    @classmethod
+    def over(cls, groups: Iterable[Any]) -> Sharding:
+        """Spread over each of these process groups."""
+        groups = tuple(groups)
+        return cls(groups, tuple(map(ranks_in, groups)))
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum over all ranks that hold other elements; `part` itself where there are none."""
@@ -59,6 +67,13 @@ class Sharding:
 
 
 WHOLE = Sharding()
+
+
+def ranks_in(group: Any) -> tuple[int, ...]:
+    """The ranks of a process group."""
+    import torch.distributed as dist
+
+    return tuple(dist.get_process_group_ranks(group))
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -108,10 +123,9 @@ def local_gradient(grad: Any, owner: Any) -> Tensor | None:
     if grad.placements != owner.placements:
         if any(placement.is_partial() for placement in grad.placements):
             raise RuntimeError(
-                f"the gradient of a parameter of shape {tuple(owner.shape)} has placements "
-                f"{_written(grad.placements)} and is still to be summed over ranks; call "
-                f"grad.redistribute(placements={_written(owner.placements)}) before the step, or let the "
-                "batch be replicated where this parameter is"
+                f"the gradient of a parameter p of shape {tuple(owner.shape)} has placements "
+                f"{_written(grad.placements)} and is still to be summed over ranks. After backward, in the "
+                "closure where there is one, set p.grad = p.grad.redistribute(placements=p.placements)"
             )
         with torch.no_grad():
             grad = grad.redistribute(owner.device_mesh, owner.placements)
@@ -125,6 +139,11 @@ def sharding_of(param: Any, known: Mapping[int, Sharding]) -> Sharding:
         known: by id of the parameter, where a module has told; see `flat_shardings`.
     """
     if not is_dtensor(param):
+        if getattr(param, "_fsdp_flattened", False) and id(param) not in known:
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} is a part of what FullyShardedDataParallel "
+                "spreads over ranks, and norms would be of the parts; pass that module as model="
+            )
         return known.get(id(param), WHOLE)
     if any(placement.is_partial() for placement in param.placements):
         raise ValueError(
@@ -133,7 +152,7 @@ def sharding_of(param: Any, known: Mapping[int, Sharding]) -> Sharding:
         )
     mesh = param.device_mesh
     dims = [d for d, placement in enumerate(param.placements) if not placement.is_replicate()]
-    return Sharding(tuple(mesh.get_group(d) for d in dims if mesh.size(d) > 1))
+    return Sharding.over(mesh.get_group(d) for d in dims if mesh.size(d) > 1)
 
 
 def flat_shardings(model: nn.Module | None) -> dict[int, Sharding]:
@@ -151,7 +170,7 @@ def flat_shardings(model: nn.Module | None) -> dict[int, Sharding]:
         groups = () if is_whole or module.process_group.size() == 1 else (module.process_group,)
         ignored = set(map(id, getattr(module, "_ignored_params", ())))
         for param in module.parameters():
-            found[id(param)] = WHOLE if id(param) in ignored else Sharding(groups)
+            found[id(param)] = WHOLE if id(param) in ignored else Sharding.over(groups)
     return found
 
 
@@ -175,6 +194,7 @@ __all__ = [
     "is_dtensor",
     "local",
     "local_gradient",
+    "ranks_in",
     "sharding_of",
     "wrapped",
 ]

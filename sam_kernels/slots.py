@@ -87,6 +87,8 @@ class Slots:
     def reserve(self, names: Iterable[str], group: TensorGroup) -> None:
         """Places that only checkpoints show, for `torch.distributed.checkpoint` to load into."""
         for name in names:
+            if self.tensors.get(name):
+                continue  # a step has made them; what has none is to have none
             own = self._reserved.setdefault(name, {})
             for owner, p in zip(group.owners, group.params, strict=True):
                 if owner.requires_grad:

@@ -127,7 +127,9 @@ def _momentum(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict
     with_momentum = [base.param_groups[key[0]]["momentum"] != 0 for key in group.keys]
     if not any(with_momentum):
         return {"momentum_buffer": [None] * len(group.params), "fresh": []}
-    buffers = [local(entry.get("momentum_buffer")) for entry in _entries(base, group)]
+    buffers = [entry.get("momentum_buffer") for entry in _entries(base, group)]
+    if group.has_dtensors:
+        buffers = list(map(local, buffers))
     fresh: list[bool] = []
     if all(with_momentum) and group.has_all_grads and not has_none(buffers):
         _fit(base, group, "momentum_buffer", buffers)

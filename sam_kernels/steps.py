@@ -31,7 +31,6 @@ from .recipe import Recipe
 from .rng import Replay
 from .rounding import Rounding, rounding_number
 from .running_stats import frozen
-from .sharding import fsdp_modules
 from .slots import Slots
 
 Closure = Callable[..., Any]
@@ -47,6 +46,7 @@ class Steps:
     model: nn.Module | None
     ranks: Ranks
     _served: Served | None
+    _gatherers: list[Any]
     base_optimizer: Optimizer
     param_groups: list[dict[str, Any]]
     _slots: Slots
@@ -215,7 +215,7 @@ class Steps:
 
     def _weights_have_moved(self) -> None:
         """What FSDP2 gathered of the weights before is of no use."""
-        for module in fsdp_modules(self.model):
+        for module in self._gatherers:
             module.reshard()
 
     # ---- ascent --------------------------------------------------------------------------------

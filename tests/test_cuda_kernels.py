@@ -31,7 +31,7 @@ import pytest
 import torch
 from oracles.philox import random_word
 
-from sam_kernels import SAM, state
+from sam_kernels import SAM, tensor_groups
 from sam_kernels.backends import native
 from sam_kernels.bitmask import count_words, pack, unpack
 from sam_kernels.tensor_groups import ADAPTIVE, COLUMNS, EUCLIDEAN, Column
@@ -407,7 +407,7 @@ def test_a_learning_rate_on_the_device_is_followed_and_not_read(monkeypatch, opt
 
     expected, _ = run(0.1, lambda group, value: group.update(lr=value))
     # On this machine every tensor is on the CPU: let those count as the device's.
-    monkeypatch.setattr(state, "lives_on_device", lambda value: isinstance(value, torch.Tensor))
+    monkeypatch.setattr(tensor_groups, "lives_on_device", lambda value: isinstance(value, torch.Tensor))
     got, opt = run(torch.tensor(0.1), lambda group, value: group["lr"].fill_(value))
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
     ((group, _),) = opt._served

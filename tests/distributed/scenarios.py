@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
     ShardingStrategy,
     fully_shard,
 )
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -275,7 +276,7 @@ def recipe_under_fsdp2(recipe: str, base: str = "SGD") -> Any:
 
 def in_parts(kind: str, across_ranks: str = "synced") -> Any:
     """Each rank's batch in two parts, one closure each."""
-    model = DistributedDataParallel(net()) if kind == "ddp" else sharded()
+    model = sharded() if kind == "fsdp2" else DistributedDataParallel(net(), static_graph=kind == "static")
     opt = optimizer(model, across_ranks=across_ranks)
     rank, world = rank_and_world()
     for step in range(STEPS):
@@ -569,3 +570,87 @@ def bf16_checkpoint(folder: str, resume: bool, before: int = 2) -> Any:
 
 def _halves(before: int) -> Any:
     return lambda step, rank, world: part(step + before, rank, world, torch.bfloat16)
+
+
+def a_step_of(recipe: str) -> Any:
+    """Replicas that perturb for themselves, or the sentence with which the constructor refuses."""
+    model = DistributedDataParallel(net())
+    try:
+        opt = optimizer(model, "AdamW", recipe, across_ranks="per_rank")
+    except ValueError as error:
+        return str(error)
+    train(model, opt)
+    return full(model)
+
+
+def hooks_on_the_wrong_mesh(kind: str) -> str:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = sharded(mesh if kind == "hybrid" else mesh["shard"])
+    replicas = mesh["replicate" if kind == "hybrid" else "shard"]
+    try:
+        optimizer(model, across_ranks="per_rank", replicas=replicas)
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def a_first_pass_that_was_averaged() -> str:
+    model = DistributedDataParallel(net())
+    opt = optimizer(model, across_ranks="per_rank")
+    loss_of(model, *part(0, *rank_and_world())).backward()
+    try:
+        opt.first_step()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def flat_refusals() -> list[str]:
+    """What FullyShardedDataParallel cannot have: no module, recipes by name, memory, scaled gradients."""
+    said = []
+    for options, flat in (
+        ({"known": False}, False),
+        ({"recipe": "layerwise_sam"}, True),
+        ({"recipe": "looksam"}, False),
+        ({"recipe": "sampa"}, False),
+    ):
+        model = FullyShardedDataParallel(net(), use_orig_params=not flat, device_id=torch.device("cpu"))
+        try:
+            optimizer(model, **options)
+        except ValueError as error:
+            said.append(str(error))
+    model = FullyShardedDataParallel(net(), use_orig_params=True, device_id=torch.device("cpu"))
+    opt, scaler = optimizer(model), ShardedGradScaler(device="cpu", init_scale=1024.0)
+    x, y = part(0, *rank_and_world())
+    for unscales in (True, False):
+        scaler.scale(loss_of(model, x, y)).backward()
+        opt.first_step(zero_grad=True)
+        scaler.scale(loss_of(model, x, y)).backward()
+        if unscales:
+            scaler.unscale_(opt)
+        try:
+            scaler.step(opt)
+        except RuntimeError as error:
+            said.append(str(error))
+        opt.zero_grad()
+        scaler.update() if unscales else None
+    return said
+
+
+def looks_at_state(recipe: str, base: str) -> list[int]:
+    """The count of steps after each look of a distributed checkpoint, from a step that is not due."""
+    model = sharded()
+    opt = SAM(
+        model.parameters(),
+        getattr(torch.optim, base),
+        recipe=recipes.get(recipe, rho=RHO),
+        model=model,
+        lr=0.1,
+    )
+    train(model, opt, steps=1)
+    opt.zero_grad()
+    found = []
+    for _ in range(3):
+        _dcp_state(model, opt, False)
+        found.append(opt.param_groups[0]["sam_step"])
+    return found

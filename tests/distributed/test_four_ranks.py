@@ -55,6 +55,12 @@ def test_replicas_by_hooks_with_one_perturbation(four):
     assert_equal_to(trained(), four("replicated_by_hooks", across_ranks="synced"))
 
 
+@pytest.mark.parametrize("kind, sentence", [("hybrid", "averages over already"), ("shards", "mix parts")])
+def test_hooks_on_the_wrong_mesh_are_refused(four, kind, sentence):
+    for said in four("hooks_on_the_wrong_mesh", kind=kind):
+        assert sentence in said
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 

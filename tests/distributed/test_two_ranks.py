@@ -236,6 +236,38 @@ def test_what_cannot_be_had_is_refused_in_words(ranks, kind, options, sentence):
         assert sentence in said
 
 
+@pytest.mark.parametrize("recipe", recipes.names())
+def test_replicas_that_perturb_for_themselves_stay_equal_or_are_refused(ranks, recipe):
+    one, other = ranks("a_step_of", recipe=recipe)
+    if isinstance(one, str):
+        assert "'per_rank'" in one and one == other
+    else:
+        assert apart(one, other) == 0.0
+
+
+def test_a_first_pass_that_was_averaged_is_no_ranks_own(ranks):
+    for said in ranks("a_first_pass_that_was_averaged"):
+        assert "inside `with opt.first_pass():`" in said
+
+
+def test_a_static_graph_serves_batches_in_parts(ranks):
+    assert_equal_to(trained(), ranks("in_parts", kind="static"))
+
+
+def test_what_fsdp1_cannot_have_is_refused_in_words(ranks):
+    for said in ranks("flat_refusals"):
+        assert len(said) == 5
+        assert "model=" in said[0] and "use_orig_params=True" in said[1]
+        assert "fully_shard" in said[2] and "fully_shard" in said[3]
+        assert "scaler.unscale_(opt)" in said[4]
+
+
+@pytest.mark.parametrize("recipe, base", [("looksam", "SGD"), ("rst", "SGD"), ("sam", "SGD")])
+def test_looking_at_the_state_takes_no_step(ranks, recipe, base):
+    for counts in ranks("looks_at_state", recipe=recipe, base=base):
+        assert counts == [1, 1, 1]
+
+
 def test_the_gradient_of_the_problem_is_autograds():
     model = net()
     scenarios.loss_of(model, *part(0, 0, 1)).backward()

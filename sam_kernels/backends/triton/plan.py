@@ -122,6 +122,7 @@ class Table:
         self.masks: Any = None  # the list of masks that was read last
         self._device = device
         self._uploads: list[Upload] = []  # used last comes last
+        self._free: list[Tensor] = []
         self._is_stale = True
 
     def put(self, row: int, numbers: np.ndarray) -> None:
@@ -152,12 +153,15 @@ class Table:
         return present.numbers
 
     def _upload(self) -> Upload:
-        free = [one for one in self._uploads if not one.is_captured]
-        if len(free) < KEPT:
-            numbers = torch.empty(self.rows.shape, dtype=torch.int64, device=self._device)
-        else:
-            numbers = free[0].numbers
-            self._uploads.remove(free[0])
+        if not self._free:
+            oldest = next((one for one in self._uploads if not one.is_captured), None)
+            if oldest is None:  # the first time, or graphs have taken all there were
+                places = torch.empty(KEPT, *self.rows.shape, dtype=torch.int64, device=self._device)
+                self._free = list(places.unbind())  # at once, so that no later step takes memory
+            else:
+                self._uploads.remove(oldest)
+                self._free.append(oldest.numbers)
+        numbers = self._free.pop()
         numbers.copy_(_ready(torch.from_numpy(self.rows.copy()), self._device), non_blocking=True)
         return Upload(self.rows.copy(), numbers)
 
