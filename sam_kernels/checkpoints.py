@@ -150,6 +150,7 @@ class Checkpoints(Optimizer):
             tensors, scalars = {}, {}  # no step has made them: they were reserved places
         if not any(bool(mask.any()) for mask in words.values() if isinstance(mask, Tensor)):
             words = {}  # reserved likewise: no mask selects nothing at all
+        Slots.drop_blank(tensors)
         return {**state_dict, "state": entries, "param_groups": groups}, words, tensors, scalars
 
     # note: [places in distributed checkpoints]

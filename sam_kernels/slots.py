@@ -103,6 +103,17 @@ class Slots:
         """Remove what is ours from an entry of a checkpoint, and return it by name."""
         return {name: entry.pop(_PREFIX + name) for name in names if _PREFIX + name in entry}
 
+    @staticmethod
+    def drop_blank(tensors: dict[Tensor, dict[str, Tensor]]) -> None:
+        """Remove slots that are 0 in all parameters: places that were reserved, and never loaded into."""
+        for name in set(NAMES) - {MASTER}:
+            own = [local(entry[name]) for entry in tensors.values() if name in entry]
+            if not any(bool(x.any()) for x in own if isinstance(x, Tensor)):
+                for entry in tensors.values():
+                    entry.pop(name, None)
+        for param in [p for p, entry in tensors.items() if not entry]:
+            del tensors[param]
+
     def load(self, tensors: Mapping[Tensor, Mapping[str, Tensor]], scalars: Mapping[str, float]) -> None:
         """Take the place of everything that is kept."""
         self.tensors = {}

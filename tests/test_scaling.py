@@ -520,3 +520,23 @@ def test_which_recipes_are_scale_free():
     assert reason_at_first(recipes.layerwise_sam(form="trust_ratio")) is not None
     assert is_scale_free(recipes.gnp(normalize=False))
     assert is_scale_free(recipes.wsam(decoupled=False))
+
+
+# ---- steps that fail ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["by_closure", "in_two_steps"])
+def test_a_step_that_raises_leaves_no_scale_behind(form):
+    failed, whole = Loop({}, scale=1024.0), Loop({}, scale=1024.0)
+    failed.scaler.scale(squared_error(failed.model(INPUTS[0]), 0)).backward()
+
+    def raises():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        failed.scaler.step(failed.opt, raises)
+    failed.scaler = scaler(scale=1024.0)  # the loop around goes on with another, or with none
+    for loop in (failed, whole):
+        loop.opt.zero_grad()
+        getattr(loop, form)(0)
+    assert same_bits(failed.model.parameters(), whole.model.parameters())

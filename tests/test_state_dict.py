@@ -344,3 +344,20 @@ def test_a_skipped_step_is_counted_as_an_attempt_and_nothing_else(backend):
     assert not opt.is_due
     assert not opt.state
     assert torch.equal(w.detach(), torch.ones(2))
+
+
+def test_places_that_nothing_was_loaded_into_are_none():
+    w = Parameter(torch.randn(6))
+    opt = SAM([w], torch.optim.SGD, recipe="vasso", lr=0.1)
+    for _ in range(2):
+        w.grad = torch.randn(6)
+        opt.first_step(zero_grad=True)
+        w.grad = torch.randn(6)
+        opt.step()
+    saved = opt.state_dict()
+    assert saved["state"][0]["sam_ema"].any()
+    saved["state"][0]["sam_ema"] = torch.zeros(6)  # as a partial load of a distributed checkpoint leaves it
+    other = SAM([w], torch.optim.SGD, recipe="vasso", lr=0.1)
+    with pytest.warns(UserWarning, match="no sam_ema"):
+        other.load_state_dict(saved)
+    assert "sam_ema" not in other.state_dict()["state"].get(0, {})
