@@ -52,6 +52,8 @@ def evaluate(opt: SAM, closure: Closure, ahead: Closure) -> Any:
     try:
         for group, _ in served:
             group.aim(opt._slots.lists(_SLOT, group))
+        if opt.stochastic_rounding:
+            opt._draw_roundings(served, is_further=False)
         opt._measure = perturbation.measure(served, opt.recipe)
         perturbation.perturb(served, opt._measure)
     except BaseException:

@@ -9,8 +9,10 @@ neither reads the device nor decides anything that differs from step to step:
 - All other recipes: yes. sampa by hand, as `make_graphed_step` knows one batch a step.
 - SGD, Adam, AdamW: yes. Adam and AdamW need capturable=True where the backend is "foreach".
 - Other bases: no. The host reads whether a gradient was finite before they step.
-- rng="replay": no. Generators are set by the host. stochastic_rounding: no, it goes by the number of the
-step. - Several ranks (DDP, FSDP, tensor parallelism): not tried, and refused.
+- rng="replay" and stochastic_rounding: no. The host sets generators, and random bits go by the step's number.
+- Several ranks (DDP, FSDP, tensor parallelism): not tried, and refused.
+
+A parameter that is frozen after the recording goes on moving: the graph has its update.
 
 Numbers (lr, rho, weight decay, ...) may change between replays of `make_graphed_step`: kernels read them in a
 table on the device, which is written before each replay. Foreach operators take them as arguments, which a
@@ -26,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import state
+from . import masters, state
 from .backends.handover import has_momentum
 from .policies import (
     Anticipated,
@@ -155,7 +157,12 @@ class GraphedStep:
         opt = self._opt
         _check_batch(batch, self._places)
         opt._require_idle("a graphed step")
+        sentence = _graphed_refusal(opt)
+        if sentence is not None:
+            raise RuntimeError(f"a graphed step: since it was recorded, {sentence}")
         served = opt._groups()
+        if opt.master_weights:
+            masters.prepare(served, opt._slots)  # in place: weights that were loaded since are followed
         known = _known(opt)
         if len(known) != len(self._known) or not all(map(is_, known, self._known)):
             raise RuntimeError(
@@ -217,7 +224,7 @@ def make_graphed_step(
         ...     return [step(x, y) for x, y in loader]
     """
     opt._require_idle("make_graphed_step()")
-    if not sample or not all(isinstance(x, Tensor) for x in sample):
+    if isinstance(sample, Tensor) or not sample or not all(isinstance(x, Tensor) for x in sample):
         raise ValueError("make_graphed_step: sample is not a sequence of tensors; expected those of a batch")
     if not isinstance(warmup, int) or warmup < 2:
         raise ValueError(f"make_graphed_step: warmup is {warmup!r}; expected a whole number of at least 2")
@@ -247,10 +254,12 @@ def make_graphed_step(
     try:
         _on_side_stream(warm_up, device)
         counts = [group["sam_step"] for group in opt.param_groups]
-        replay, loss = _record(lambda: opt.step(closure), device)
-        # The host has counted a step that the device has not taken.
-        for group, count in zip(opt.param_groups, counts, strict=True):
-            group["sam_step"] = count
+        try:
+            replay, loss = _record(lambda: opt.step(closure), device)
+        finally:
+            # The host has counted a step that the device has not taken.
+            for group, count in zip(opt.param_groups, counts, strict=True):
+                group["sam_step"] = count
     finally:
         opt.copies_gradients, opt._rewrites_tables, opt._clears_by_zeros = kept, False, False
     grads = [p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None]

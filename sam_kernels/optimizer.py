@@ -104,9 +104,10 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         master_weights: keep an fp32 weight beside each bfloat16 or float16 parameter. That is the truth, and
             the parameter its rounded copy: perturbed from it, restored to it, updated through it, with
             fp32 state, in place of snapshots. Needs a base whose update is fused, and one probe. Kept in
-            checkpoints as ``sam_master``. Writes through ``p.data`` need `refresh_masters`.
+            checkpoints as ``sam_master``. Writes through ``p.data`` need `refresh_masters`. Frozen parameters
+            have one too: leave them out of `params` where memory is short.
         stochastic_rounding: round perturbed bfloat16 weights up or down at random, so that their mean is
-            exact; the same bits on every backend. Weights without a bfloat16 are rounded as always.
+            exact; the same random bits on every backend. Other dtypes are rounded as always.
         **base_kwargs: for the base optimizer's class, e.g. lr, momentum, weight_decay.
 
     Attributes:
@@ -161,7 +162,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         self._rho_key, self._adaptive_key = own_keys(self.base_optimizer)
         check_decay(chosen, self.base_optimizer)
         check_momentum(chosen, self.base_optimizer)
-        check_options(master_weights, stochastic_rounding, self.base_optimizer.param_groups)
+        check_options(chosen, master_weights, stochastic_rounding, self.base_optimizer.param_groups)
         if master_weights:
             masters.check(chosen, self.base_optimizer)
         self.master_weights, self.stochastic_rounding = master_weights, stochastic_rounding
@@ -308,7 +309,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         last = len(self.param_groups) - 1
         try:
             check_momentum(self.recipe, self.base_optimizer)
-            check_options(self.master_weights, self.stochastic_rounding, self.param_groups, last)
+            check_options(self.recipe, self.master_weights, self.stochastic_rounding, self.param_groups, last)
             if self.master_weights:
                 masters.check(self.recipe, self.base_optimizer)
             self._adopt_group(last)

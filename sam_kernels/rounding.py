@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .policies import MultiStep, RandomStart
+from .recipe import Recipe
 from .tensor_groups import FIXED, TensorGroup
 
 # Masks, noise and rounding of equal seeds must not be made of the same words: rounding has the numbers of
@@ -43,7 +45,11 @@ def rounding_number(number: int) -> int:
 
 
 def check_options(
-    master_weights: Any, stochastic_rounding: Any, param_groups: list[dict[str, Any]], first: int = 0
+    recipe: Recipe,
+    master_weights: Any,
+    stochastic_rounding: Any,
+    param_groups: list[dict[str, Any]],
+    first: int = 0,
 ) -> None:
     """Raise a sentence where the two do not make sense, together or for the groups from the first on.
 
@@ -62,6 +68,13 @@ def check_options(
         )
     if not stochastic_rounding:
         return
+    probe = recipe.probe
+    if isinstance(probe, RandomStart) or (isinstance(probe, MultiStep) and probe.project):
+        raise ValueError(
+            f"recipe '{recipe.name}' does not go with stochastic_rounding=True: it moves weights by a sum "
+            "that is rounded to nearest, and projects random bits away with the rest. Use fp32 parameters "
+            "under autocast, or another recipe"
+        )
     for index, group in list(enumerate(param_groups))[first:]:
         for position, param in enumerate(group["params"]):
             if param.dtype == torch.float16:

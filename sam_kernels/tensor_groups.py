@@ -155,6 +155,7 @@ class TensorGroup:
         if self.changed() is not None:
             return False
         self._addresses = addresses
+        self.settled = None  # other memory may hold other weights
         return True
 
     def changed(self) -> int | None:

@@ -366,6 +366,31 @@ def test_kernels_follow_rates_radii_and_schedules_between_replays(base, taped):
     assert_close(results(models[0], opts[0]), results(models[1], opts[1]), 1e-12)
 
 
+def test_replays_follow_weights_that_were_loaded(taped):
+    def half_net(factor):
+        model = net("cpu").to(torch.bfloat16)
+        model[0].register_forward_pre_hook(lambda layer, inputs: inputs[0].bfloat16())
+        with torch.no_grad():
+            model[0].weight.mul_(factor)
+        return model
+
+    results = []
+    for graphed in (True, False):
+        model = half_net(1.0)
+        opt = around(model, recipes.sam(rho=0.05), base="sgd", backend="foreach", master_weights=True)
+        if graphed:
+            step = taped(model, opt, warmup=3)
+        for _ in range(0 if graphed else 3):
+            eager(model, opt, 0)
+        model.load_state_dict(half_net(-3.0).state_dict())
+        if graphed:
+            step(*batch(5))
+        else:
+            eager(model, opt, 5)
+        results.append([p.detach().float() for p in model.parameters()])
+    assert_close(*results, relative=0.02)
+
+
 def test_schedulers_drive_replays(taped):
     opt = around(model := net(), recipes.sam(), backend="emulated")
     if why_not("emulated") is not None:

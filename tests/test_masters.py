@@ -660,3 +660,18 @@ def test_a_native_step_allocates_nothing_but_masters_and_state(base, recipe):
     assert seen.found == []
     ((group, _),) = opt._groups()
     assert (group.buffer_bytes() == 0) == (recipe in ("sam", "asam", "ssam_d"))
+
+
+def test_weights_in_other_memory_are_followed():
+    w = Parameter(torch.zeros(5, dtype=torch.bfloat16))
+    opt = SAM([w], torch.optim.SGD, lr=0.0, master_weights=True)
+
+    def closure():
+        loss = (w.float() ** 2).sum()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    w.data = torch.full((5,), 7.0, dtype=torch.bfloat16)
+    opt.step(closure)
+    assert w.tolist() == [7.0] * 5

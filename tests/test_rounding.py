@@ -243,7 +243,7 @@ def test_a_step_restores_the_snapshot_and_every_step_draws_anew(backend):
 def test_micro_batches_and_further_ascents_draw_bits_of_their_own():
     drawn = []
     params = [Parameter(torch.randn(64).to(BF16))]
-    opt = opt_of(params, recipe=recipes.multistep_sam(0.1, n=3), rho=None)
+    opt = opt_of(params, recipe=recipes.multistep_sam(0.1, n=3, project=False), rho=None)
     ((group, backend),) = opt._groups()
     real = backend.perturb_
 
@@ -369,3 +369,28 @@ def test_how_much_of_a_perturbation_is_left(backend, rho, how, share, moved):
     if moved is not None:
         assert float((delta != 0).double().mean()) == pytest.approx(moved, abs=0.004)
     assert start.dtype == F32
+
+
+@pytest.mark.parametrize("recipe", ["multistep_sam", "r_sam"])
+def test_recipes_that_move_weights_by_sums_are_refused(recipe):
+    with pytest.raises(ValueError, match="does not go with stochastic_rounding=True"):
+        opt_of([Parameter(torch.ones(3).to(BF16))], recipe=recipe, rho=None)
+
+
+def test_sampa_rounds_at_random_too():
+    torch.manual_seed(3)
+    w = Parameter((torch.randn(1 << 17) * 0.02).to(BF16))
+    g = torch.randn(1 << 17)
+    opt = SAM([w], torch.optim.SGD, recipe=recipes.sampa(rho=0.003), lr=0.0, stochastic_rounding=True)
+    moved = []
+
+    def closure():
+        moved.append(w.detach().float() - before)
+        w.grad = g.to(BF16)
+        return torch.zeros(())
+
+    before = w.detach().float().clone()
+    opt.step(closure, ahead=closure)
+    e = 0.003 * g / g.norm()
+    share = [float((d * e).sum() / (e * e).sum()) for d in moved]
+    assert min(abs(s - 1.0) for s in share) < 0.05, share

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from .. import optimizer
 from ..construction import choose_recipe
-from ..policies import Cadence, Dynamic, Remembering
+from ..policies import Cadence, Dynamic, EveryStep, Remembering
 from ..policies.checks import check_count
 from ..recipe import Recipe
 
@@ -108,6 +108,11 @@ class SAMOptimizer(optimizer.SAM):
         chosen = choose_recipe(recipe, rho, adaptive)
         if epsilon is not None:
             chosen = replace(chosen, eps=epsilon)
+        if interval != 1 and not isinstance(chosen.cadence, EveryStep):
+            raise ValueError(
+                f"SAM: interval is {interval!r}, and recipe '{chosen.name}' chooses its steps itself; leave "
+                "interval at 1"
+            )
         if interval != 1:
             chosen = replace(chosen, cadence=Interval(interval))
         super().__init__(None, base_optimizer, adaptive=adaptive, recipe=chosen, backend=backend)

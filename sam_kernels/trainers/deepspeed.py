@@ -76,22 +76,31 @@ class Driver:
         """Take one step.
 
         Args:
-            loss_fn: computes the loss through the engine; no backward. It is called twice.
+            loss_fn: computes the loss through the engine; no backward. It is called twice, but once where
+                the first gradient is not finite: the step is then skipped.
 
         Returns:
             The loss at the weights the step began with, detached.
         """
         loss = loss_fn()
         self.engine.backward(loss)
+        is_finite = True
         if self.sam.is_due:
-            self._ascend(loss_fn)
+            is_finite = self._ascend(loss_fn)
         else:
             window.restore(self.sam)  # nothing is perturbed; the step counts
-        self.engine.step()
+        if is_finite:
+            self.engine.step()
+        else:
+            self.engine.optimizer.zero_grad()
         return loss.detach()
 
-    def _ascend(self, loss_fn: Callable[[], Tensor]) -> None:
-        """Leave the engine with the gradient at ``w + e``, and weights as they were."""
+    def _ascend(self, loss_fn: Callable[[], Tensor]) -> bool:
+        """Leave the engine with the gradient at ``w + e``, and weights as they were.
+
+        Returns:
+            Whether the first gradient was finite; if not, the engine is not to step.
+        """
         from deepspeed.utils import safe_get_full_grad
 
         params = [p for group in self.sam.param_groups for p in group["params"]]
@@ -100,7 +109,9 @@ class Driver:
                 grad = safe_get_full_grad(p)
                 p.grad = None if grad is None else grad.to(p.dtype)
             self.sam.first_step(zero_grad=True)
-            if window.is_perturbed(self.sam):
+            norm = None if self.sam._measure is None else self.sam._measure.norm
+            is_finite = norm is None or bool(torch.isfinite(norm))
+            if is_finite and window.is_perturbed(self.sam):
                 self.engine.optimizer.zero_grad()
                 with frozen(self.engine.module), torch.enable_grad():
                     self.engine.backward(loss_fn())
@@ -108,6 +119,7 @@ class Driver:
             self.sam._abandon()
             raise
         window.restore(self.sam)
+        return is_finite
 
 
 def check(engine: Any) -> None:

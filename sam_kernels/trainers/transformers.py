@@ -20,7 +20,8 @@ class SAMTrainerMixin:
     the perturbed weights and with the Trainer's own normalization of losses; the Trainer then clips the
     second gradient and calls ``optimizer.step()``. The batches stay in memory until the step is done. Losses
     that the Trainer logs are of the first gradient, the norm it logs is of the second. Under DDP both
-    gradients are averaged over the ranks, which share one perturbation. Under fp16 a step with a gradient
+    gradients are averaged over the ranks, which share one perturbation. A batch that the model changes in
+    place is not what it was when it is evaluated again. Under fp16 a step with a gradient
     that is not finite is skipped, but the learning rate schedule takes it for one. fp16 has been tested with
     a scaler on the CPU, and not on a GPU.
 

@@ -568,6 +568,25 @@ def bf16_checkpoint(folder: str, resume: bool, before: int = 2) -> Any:
     return full(model), masters
 
 
+def masters_follow_what_is_loaded_in_place(folder: str) -> bool:
+    """A checkpoint of weights, loaded into what state_dict shows, is there after a step at rate 0."""
+    model = net(torch.bfloat16)
+    fully_shard(model)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=folder)
+    saved = full(model)
+    opt = optimizer(model, master_weights=True)
+    train(model, opt, steps=2, data=_halves(0))
+    moved = full(model)
+    dcp.load({"model": model.state_dict()}, checkpoint_id=folder)
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    train(model, opt, steps=1, data=_halves(2))
+    now = full(model)
+    return not torch.equal(moved["inner.weight"], saved["inner.weight"]) and all(
+        torch.equal(now[name], saved[name]) for name in saved
+    )
+
+
 def _halves(before: int) -> Any:
     return lambda step, rank, world: part(step + before, rank, world, torch.bfloat16)
 

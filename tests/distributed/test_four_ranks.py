@@ -104,6 +104,10 @@ def test_masters_of_bf16_shards_go_on_from_a_distributed_checkpoint(two, four, t
         assert all(torch.equal(master.bfloat16(), found[name]) for name, master in own.items())
 
 
+def test_masters_follow_weights_that_a_checkpoint_loads_in_place(two, tmp_path):
+    assert two("masters_follow_what_is_loaded_in_place", folder=str(tmp_path)) == [True, True]
+
+
 def test_a_rank_that_dies_in_the_second_pass_costs_one_step(two, tmp_path):
     (expected, _) = two("a_rank_that_dies", folder=str(tmp_path / "whole"), dies_at=None)
     (tmp_path / "broken").mkdir()

@@ -233,3 +233,9 @@ def test_nonsense_is_refused_when_the_algorithm_is_made():
         ours.SAM(rho=-1.0)
     with pytest.raises(ValueError, match="recipe"):
         ours.SAM(recipe="no such recipe")
+
+
+def test_an_interval_is_refused_where_the_recipe_chooses_its_steps():
+    base = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(ValueError, match="looksam.*chooses its steps"):
+        ours.SAMOptimizer(base, interval=3, recipe="looksam")
