@@ -56,7 +56,7 @@ class Checkpoints(Optimizer):
             hook(self)
         if self.master_weights:
             with torch.no_grad():
-                masters.prepare(self._groups(), self._slots)
+                masters.prepare(self._groups(), self._slots, self.base_optimizer)
         state_dict = self._with_ours(self.base_optimizer.state_dict())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
@@ -90,7 +90,7 @@ class Checkpoints(Optimizer):
         self._warn_if_lost(state_dict, tensors)
         masters.check_loaded(tensors, self.master_weights)
         self.base_optimizer.load_state_dict(state_dict)
-        if self.master_weights:
+        if self.master_weights and not masters.offers(self.base_optimizer):
             entries = state_dict["state"]
             saved = {p: entries[n] for n, p in self._by_number(state_dict) if n in entries}
             masters.widen_state(self.base_optimizer, saved)

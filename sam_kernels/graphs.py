@@ -162,7 +162,9 @@ class GraphedStep:
             raise RuntimeError(f"a graphed step: since it was recorded, {sentence}")
         served = opt._groups()
         if opt.master_weights:
-            masters.prepare(served, opt._slots)  # in place: weights that were loaded since are followed
+            masters.prepare(
+                served, opt._slots, opt.base_optimizer
+            )  # in place: weights that were loaded since are followed
         known = _known(opt)
         if len(known) != len(self._known) or not all(map(is_, known, self._known)):
             raise RuntimeError(

@@ -25,10 +25,15 @@ from . import state
 from .perturbation import Served
 from .policies import Decoupled, OneStep
 from .recipe import Recipe
+from .sharding import local
 from .slots import MASTER, Slots
 from .tensor_groups import TensorGroup
 
 HALF = (torch.bfloat16, torch.float16)
+
+# Keys of `Optimizer.state` under which bases that step through masters of their own have them: that of
+# TransformerEngine's FusedAdam(master_weights=True), and the name torch-native ones use.
+OFFERED = ("master_param", "master_weight")
 
 # State of the base optimizers we fuse; fp32 beside masters.
 _MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
@@ -43,11 +48,12 @@ def check(recipe: Recipe, base: Optimizer) -> None:
         ValueError: if the base steps by itself, or the recipe needs snapshots or moves weights besides.
     """
     rule, sentence = state.fused_rule(base)
-    if rule is None:
+    if rule is None and not offers(base):
         raise ValueError(
             "SAM: master_weights=True needs a base optimizer whose update is fused, which reads and writes "
             f"the masters; {sentence}, and its own step would move the weights alone. Use SGD, Adam or "
-            "AdamW of torch.optim, or stochastic_rounding=True, or fp32 parameters under autocast"
+            "AdamW of torch.optim, a base with masters of its own (state[p]['master_param'] and an attribute "
+            "master_weights), or stochastic_rounding=True, or fp32 parameters under autocast"
         )
     refused = None
     if not isinstance(recipe.probe, OneStep):
@@ -63,7 +69,32 @@ def check(recipe: Recipe, base: Optimizer) -> None:
         )
 
 
-def prepare(served: Served, slots: Slots, anyway: bool = False) -> None:
+# note: [masters of the base]
+# A base that steps by itself may keep masters too. Then they are the truth: perturbed from, restored to, and
+# written by the base's own step. Before its first step there are none, and ours stand in, which are w
+# exactly.
+
+
+def offers(base: Optimizer) -> bool:
+    """Whether a base keeps fp32 masters itself; see note [masters of the base].
+
+    Example:
+        >>> offers(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+        False
+    """
+    has_any = any(key in entry for entry in base.state.values() for key in OFFERED)
+    return has_any or bool(getattr(base, "master_weights", False))
+
+
+def _theirs(base: Optimizer, owner: Tensor) -> Tensor | None:
+    """The base's master of a parameter, its local part; None where there is none in fp32."""
+    entry = base.state.get(owner, {})
+    found = next((entry[key] for key in OFFERED if isinstance(entry.get(key), Tensor)), None)
+    is_one = found is not None and found.dtype == torch.float32 and found.shape == owner.shape
+    return local(found) if is_one else None
+
+
+def prepare(served: Served, slots: Slots, base: Optimizer, anyway: bool = False) -> None:
     """Give groups of half types their masters, as note [who changed the weights] says; w is not perturbed.
 
     Args:
@@ -71,24 +102,28 @@ def prepare(served: Served, slots: Slots, anyway: bool = False) -> None:
     """
     for group, _ in served:
         if group.dtype in HALF and not group.is_perturbed:
-            _prepare(group, slots, anyway)
+            _prepare(group, slots, base, anyway)
         elif group.dtype not in HALF and slots.tensors.get(MASTER):
             slots.drop(MASTER, group.owners)  # parameters that were cast since are their own masters
 
 
-def _prepare(group: TensorGroup, slots: Slots, anyway: bool) -> None:
+def _prepare(group: TensorGroup, slots: Slots, base: Optimizer, anyway: bool) -> None:
     if group.settled is not None and not anyway:
         # What distributed checkpoints load into local tensors in place moves no counter at all.
         if not group.has_dtensors and group.settled == group.versions():
             return
     masters: list[Tensor] = []
-    for p, master in zip(group.params, slots.lists(MASTER, group), strict=True):
-        if master is None:
+    theirs = [_theirs(base, owner) for owner in group.owners]
+    slots.drop(MASTER, [owner for owner, x in zip(group.owners, theirs, strict=True) if x is not None])
+    for p, master, their in zip(group.params, slots.lists(MASTER, group), theirs, strict=True):
+        if their is not None:
+            master = their
+        elif master is None:
             master = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(p)
         else:
             _follow(master, p)
         masters.append(master)
-    slots.put(MASTER, group, masters)
+    slots.put(MASTER, group, [None if x is not None else m for m, x in zip(masters, theirs, strict=True)])
     if group.masters is None or any(a is not b for a, b in zip(group.masters, masters, strict=True)):
         group.set_masters(masters)
     group.settle()

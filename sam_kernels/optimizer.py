@@ -103,9 +103,10 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             (default) lets each pass draw its own.
         master_weights: keep an fp32 weight beside each bfloat16 or float16 parameter. That is the truth, and
             the parameter its rounded copy: perturbed from it, restored to it, updated through it, with
-            fp32 state, in place of snapshots. Needs a base whose update is fused, and one probe. Kept in
-            checkpoints as ``sam_master``. Writes through ``p.data`` need `refresh_masters`. Frozen parameters
-            have one too: leave them out of `params` where memory is short.
+            fp32 state, in place of snapshots. Needs a base whose update is fused, or one that keeps masters
+            itself (``state[p]["master_param"]``), and one probe. Ours are in checkpoints as ``sam_master``.
+            Writes through ``p.data`` need `refresh_masters`. Frozen parameters have one too: leave them out
+            of `params` where memory is short.
         stochastic_rounding: round perturbed bfloat16 weights up or down at random, so that their mean is
             exact; the same random bits on every backend. Other dtypes are rounded as always.
         **base_kwargs: for the base optimizer's class, e.g. lr, momentum, weight_decay.
@@ -679,7 +680,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         self._require_idle("refresh_masters()")
         if self.master_weights:
             with torch.no_grad():
-                masters.prepare(self._groups(), self._slots, anyway=True)
+                masters.prepare(self._groups(), self._slots, self.base_optimizer, anyway=True)
 
     def capturable(self) -> ops.Report:
         """Whether a CUDA graph can record and replay steps, or what stands against it; print it.
@@ -903,7 +904,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
     def _descend_fused(self, rule: str, guard: Tensor | None, clip: Tensor | None = None) -> None:
         served = self._read_gradients()
         if self.master_weights:
-            masters.prepare(served, self._slots)
+            masters.prepare(served, self._slots, self.base_optimizer)
             masters.begin_descent(served)
         if clip is not None:
             # The factor of the fused update is a float32, too short for these.

@@ -241,7 +241,7 @@ class Steps:
         if not is_further:
             self._forget_held()
             if self.master_weights:
-                masters.prepare(served, self._slots)
+                masters.prepare(served, self._slots, self.base_optimizer)
         if self.stochastic_rounding:
             self._draw_roundings(served, is_further)
         if self.recipe.direction.needs_gradient:

@@ -675,3 +675,52 @@ def test_weights_in_other_memory_are_followed():
     w.data = torch.full((5,), 7.0, dtype=torch.bfloat16)
     opt.step(closure)
     assert w.tolist() == [7.0] * 5
+
+
+class OwnMasters(torch.optim.Optimizer):
+    """A base that steps by itself, through fp32 masters of its own."""
+
+    master_weights = True
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if "master_param" not in self.state[p]:
+                    self.state[p]["master_param"] = p.detach().float()
+                master = self.state[p]["master_param"]
+                master -= group["lr"] * p.grad.float()
+                p.copy_(master)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masters_of_the_base_are_perturbed_from_and_restored_to(backend, dtype):
+    torch.manual_seed(5)
+    shapes, lr, rho = [(33,), (), (0,), (4, 5)], 2.0**-6, 0.01
+    params = [Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+    opt = SAM(params, OwnMasters, rho=rho, lr=lr, master_weights=True, backend=backend)
+    masters = [p.detach().float().double() for p in params]
+    for step in range(4):
+        first, second = ([torch.randn(shape).to(dtype) for shape in shapes] for _ in range(2))
+        for p, g in zip(params, first, strict=True):
+            p.grad = g.clone()
+        opt.first_step(zero_grad=True)
+        norm = sum(float((g.double() ** 2).sum()) for g in first) ** 0.5
+        for p, m, g in zip(params, masters, first, strict=True):
+            torch.testing.assert_close(p.detach(), (m + rho / norm * g.double()).float().to(dtype))
+        for p, g in zip(params, second, strict=True):
+            p.grad = g.clone()
+        if step == 2:  # given up: back to the masters, bit for bit
+            opt._abandon()
+        else:
+            opt.step()
+            masters = [(m - lr * g.double()).float().double() for m, g in zip(masters, second, strict=True)]
+        assert same_bits(params, [m.float().to(dtype) for m in masters])
+    assert all("sam_master" not in entry for entry in opt.state_dict()["state"].values())
+    assert any(not torch.equal(m.float(), m.to(dtype).float()) for m in masters), "they have low bits"
