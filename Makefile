@@ -110,6 +110,6 @@ $(VENV)/.package: $(VENV)/.tools $(NATIVE)
 
 $(VENV)/.trainers: $(VENV)/.package
 	@echo "installing the trainers"
-	@$(TOOLS) $(PIP) --no-build-isolation -e '.[trainers]'
+	@$(TOOLS) $(PIP) --no-build-isolation -e '.[trainers,deepspeed]'
 	@touch $@
 endif

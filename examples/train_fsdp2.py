@@ -220,6 +220,7 @@ def main() -> None:
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         train(options, device)
+        dist.barrier()  # a rank that leaves first takes the others' connections along
     finally:
         dist.destroy_process_group()
 

@@ -26,9 +26,9 @@ from sam_kernels.backends import triton
 # has a say. + is every variant.
 SELECTED = {
     "sm_80": "float16",
-    "sm_90": "float32+,float64,bfloat16",
+    "sm_90": "float32+,bfloat16",
     "sm_100": "bfloat16",
-    "gfx942": "float32",
+    "gfx942": "float64",
 }
 NVIDIA = [target for target in SELECTED if target.startswith("sm_")]
 HELPER = Path(__file__).with_name("aot.py")

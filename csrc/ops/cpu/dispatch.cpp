@@ -36,8 +36,10 @@
    samk::isa::mark}
 
 SAMK_DECLARE(baseline)
-#ifdef SAMK_X86
+#ifdef SAMK_AVX2
 SAMK_DECLARE(avx2)
+#endif
+#ifdef SAMK_X86
 SAMK_DECLARE(avx512)
 #endif
 
@@ -46,7 +48,9 @@ namespace {
 
 const Passes kBaseline = SAMK_PASSES(baseline);
 #ifdef SAMK_X86
+#ifdef SAMK_AVX2
 const Passes kAvx2 = SAMK_PASSES(avx2);
+#endif
 const Passes kAvx512 = SAMK_PASSES(avx512);
 
 bool has_avx2() {
@@ -62,7 +66,9 @@ bool has_avx512() {
 const Passes* find(const char* name) {
 #ifdef SAMK_X86
   if ((name == nullptr || std::strcmp(name, "avx512") == 0) && has_avx512()) return &kAvx512;
+#ifdef SAMK_AVX2
   if ((name == nullptr || std::strcmp(name, "avx2") == 0) && has_avx2()) return &kAvx2;
+#endif
 #endif
   if (name == nullptr || std::strcmp(name, "baseline") == 0) return &kBaseline;
   return nullptr;

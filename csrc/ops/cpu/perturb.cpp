@@ -120,8 +120,8 @@ struct Draw {
   int64_t begin;  // of the chunk in its tensor
 
   // Those of the word of elements from `first` on. Loops over the calls are loops that compilers put into
-  // vectors.
-  void fill(int64_t first, uint32_t* bits) const {
+  // vectors; one copy of them for all metrics and shapes, or compiling takes minutes.
+  __attribute__((noinline)) void fill(int64_t first, uint32_t* bits) const {
     constexpr int kCalls = kWordBits / 8;
     uint32_t words[4][kCalls];
     for (int call = 0; call < kCalls; ++call) {
@@ -140,10 +140,17 @@ struct Draw {
   }
 };
 
+// w = moved, rounded at random, where the word selects it.
+__attribute__((noinline)) void round_word(bf16* w, const float* moved, uint64_t word, const uint32_t* bits) {
+  for (int i = 0; i < kWordBits; ++i) {
+    if ((word >> i & 1) != 0) w[i] = to_bf16_at_random(moved[i], bits[i]);
+  }
+}
+
 // The elements of one word, or fewer at the end, rounded at random.
 template <class Math>
-void perturb_at_random(bf16* w, const bf16* g, bf16* snapshot, uint64_t word, int64_t n, const Math& math,
-                       const uint32_t* bits) {
+__attribute__((noinline)) void perturb_at_random(bf16* w, const bf16* g, bf16* snapshot, uint64_t word,
+                                                 int64_t n, const Math& math, const uint32_t* bits) {
   alignas(64) bf16 ws[kWordBits] = {}, gs[kWordBits] = {};
   alignas(64) float moved[kWordBits];
   std::memcpy(ws, w, n * sizeof *ws);
@@ -152,9 +159,7 @@ void perturb_at_random(bf16* w, const bf16* g, bf16* snapshot, uint64_t word, in
     store(moved + i, math(load(static_cast<const bf16*>(ws) + i), load(static_cast<const bf16*>(gs) + i)));
   }
   std::memcpy(snapshot, ws, n * sizeof *ws);
-  for (int i = 0; i < kWordBits; ++i) {
-    if ((word >> i & 1) != 0) ws[i] = to_bf16_at_random(moved[i], bits[i]);
-  }
+  round_word(ws, moved, word, bits);
   std::memcpy(w, ws, n * sizeof *ws);
 }
 
