@@ -49,6 +49,12 @@ _THINNED = {
     "test_state_dict.py": 3,
 }
 
+# The same for products of recipes, bases and backends that are long without it: of which backend, every n-th.
+_THINNED_PRODUCTS = {
+    ("test_variant_properties.py", "foreach"): 5,
+    ("test_variant_properties.py", "reference"): 5,
+}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The interpreter takes a thousand times as long as what it interprets, so products are thinned for it.
@@ -63,6 +69,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             thinned[module] = thinned.get(module, -1) + 1
             if thinned[module] % _THINNED[module]:
                 item.add_marker(pytest.mark.thorough)
+        for (file, backend), n in _THINNED_PRODUCTS.items():
+            if module == file and backend in item.nodeid:
+                thinned[file + backend] = thinned.get(file + backend, -1) + 1
+                if thinned[file + backend] % n:
+                    item.add_marker(pytest.mark.thorough)
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         recipe, base = parameters.get("recipe"), parameters.get("base")
         if parameters.get("backend") != "interpreted" or recipe not in RECIPES or base not in BASES:
