@@ -5,7 +5,7 @@ Independent of the package: gradients by autograd, perturbations and base update
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 RHO, EPS, LR, STEPS, ROWS = 0.3, 1e-12, 0.2, 4, 8
+
+# In float64; what is left is the order of sums.
+CLOSE = 1e-15
 BASES: dict[str, dict[str, Any]] = {
     "SGD": {"lr": LR, "momentum": 0.9, "weight_decay": 0.01},
     "AdamW": {"lr": 0.01, "weight_decay": 0.1},
@@ -97,3 +100,9 @@ def apart(found: Tensors, expected: Tensors) -> float:
     """The largest difference between two sets of weights."""
     assert found.keys() == expected.keys()
     return max(float((found[name] - expected[name]).abs().max()) for name in expected)
+
+
+def assert_equal_to(expected: Tensors, found: Iterable[Tensors], most: float = CLOSE) -> None:
+    """Compare the weights of every rank."""
+    for weights in found:
+        assert apart(weights, expected) <= most

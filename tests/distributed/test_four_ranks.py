@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gloo import Ranks
-from problems import BASES, apart, trained
-
-CLOSE = 1e-15
+from problems import BASES, CLOSE, apart, assert_equal_to, trained
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +20,6 @@ def four():
     ranks = Ranks(4, "scenarios")
     yield ranks
     ranks.stop()
-
-
-def assert_equal_to(expected, found, most=CLOSE):
-    for weights in found:
-        assert apart(weights, expected) <= most
 
 
 @pytest.mark.parametrize("base", BASES)

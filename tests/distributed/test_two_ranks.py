@@ -6,12 +6,9 @@ import pytest
 import scenarios
 import torch
 from gloo import Ranks
-from problems import BASES, RHO, STEPS, apart, gradient, net, part, trained
+from problems import BASES, CLOSE, RHO, STEPS, apart, assert_equal_to, gradient, net, part, trained
 
 from sam_kernels import recipes
-
-# In float64; what is left is the order of sums.
-CLOSE = 1e-15
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +16,6 @@ def ranks():
     two = Ranks(2, "scenarios")
     yield two
     two.stop()
-
-
-def assert_equal_to(expected, found, most=CLOSE):
-    for weights in found:
-        assert apart(weights, expected) <= most
 
 
 def test_the_reference_itself_moves_and_the_two_meanings_differ():
