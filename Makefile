@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-EXTRAS ?= dev,demo,bench
+EXTRAS ?= dev,demo,bench,experiments
 
 ifeq ($(VENV),)
 PY := $(PYTHON)

@@ -1,0 +1,6 @@
+"""The experiments of the documents behind this package: ``python -m sam_kernels experiments list``.
+
+command -> registry, runner, documents      the program
+groups -> experiment, training, models, data, tables, pictures   one file for each group of experiments
+runner -> store                             trials, one line of JSON each
+"""
