@@ -54,8 +54,13 @@ def evaluate(opt: SAM, closure: Closure, ahead: Closure) -> Any:
             group.aim(opt._slots.lists(_SLOT, group))
         if opt.stochastic_rounding:
             opt._draw_roundings(served, is_further=False)
+        if opt.measures:
+            opt._record.note_gradient(served, opt._scale_left)
         opt._measure = perturbation.measure(served, opt.recipe)
         perturbation.perturb(served, opt._measure)
+        opt._record.note_ascent(opt, served, opt._measure, opt._scale_left)
+        if opt.measures:
+            opt._record.note_move(served, is_first=True)
     except BaseException:
         opt._abandon()
         raise

@@ -80,6 +80,18 @@ def check_momentum(recipe: Recipe, base: Optimizer) -> None:
             )
 
 
+def check_measures(metrics: Any, recipe: Recipe) -> bool:
+    """Whether `SAM.metrics` is measured for every recipe; a sentence where it cannot be."""
+    if not isinstance(metrics, bool):
+        raise TypeError(f"SAM: metrics is {metrics!r}; expected True or False")
+    if metrics and getattr(recipe.mask, "compact", False):
+        raise ValueError(
+            f"SAM: metrics=True measures how far weights are from their snapshots, and those of recipe "
+            f"'{recipe.name}' hold no more than what its mask selects; leave out compact=True or metrics=True"
+        )
+    return metrics
+
+
 def check_max_norm(max_grad_norm: Any, recipe: Recipe) -> float | None:
     """The bound as it is; a sentence unless it is a positive number or None, and the recipe can keep it."""
     if max_grad_norm is not None and isinstance(recipe.combine, Decoupled):

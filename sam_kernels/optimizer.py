@@ -28,6 +28,7 @@ from .construction import (
     build_base,
     check_decay,
     check_max_norm,
+    check_measures,
     check_model,
     check_momentum,
     choose_recipe,
@@ -49,6 +50,7 @@ from .policies import (
     Sparse,
 )
 from .recipe import Recipe, check_adaptive, check_rho
+from .record import Record
 from .rng import Replay, check_rng
 from .rounding import check_options, warn_if_swallowed
 from .scaling import Scaling, Verdict
@@ -109,6 +111,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             of `params` where memory is short.
         stochastic_rounding: round perturbed bfloat16 weights up or down at random, so that their mean is
             exact; the same random bits on every backend. Other dtypes are rounded as always.
+        metrics: measure what `SAM.metrics` tells for every recipe, at the cost of two passes that read;
+            without it that tells what the step has measured anyway.
         **base_kwargs: for the base optimizer's class, e.g. lr, momentum, weight_decay.
 
     Attributes:
@@ -154,6 +158,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         rng: Literal["advance", "replay"] = "advance",
         master_weights: bool = False,
         stochastic_rounding: bool = False,
+        metrics: bool = False,
         **base_kwargs: Any,
     ) -> None:
         chosen = choose_recipe(recipe, rho, adaptive)
@@ -173,6 +178,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         self.model = model
         self.allow_plain_step = allow_plain_step
         self.max_grad_norm = check_max_norm(max_grad_norm, chosen)
+        self.measures = check_measures(metrics, chosen)
         self.ranks = distributed.ranks_of(across_ranks, chosen, model, replicas)
         self.rng = check_rng(rng, chosen)
         self._phase = _IDLE
@@ -225,6 +231,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         "_replay",
         "_seen",
         "_verdict",
+        "_record",
     )
 
     def _forget_transients(self) -> None:
@@ -242,6 +249,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         self._replay = Replay()
         self._seen: Tensor | None = None
         self._verdict: Verdict | None = None
+        self._record = Record()
 
     @classmethod
     def wrap(cls, base_optimizer: Optimizer, recipe: Recipe | str | None = None, **kwargs: Any) -> SAM:
@@ -251,7 +259,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             base_optimizer: an instance, possibly with state already.
             recipe: as in the constructor.
             **kwargs: rho, adaptive, backend, model, allow_plain_step, max_grad_norm, across_ranks,
-                replicas, rng, master_weights, stochastic_rounding.
+                replicas, rng, master_weights, stochastic_rounding, metrics.
 
         Raises:
             TypeError: if base_optimizer is not an instance.
@@ -438,8 +446,10 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         graphs.check_capture(self, "step()")
         if closure is None:
             if self._phase == _IDLE:
+                self._record = Record()
                 self._plain_step()
             else:
+                self._record.know_scale(self._scale, self._is_scaled)
                 self._meet_scaler(is_pending=True, is_decayed=self._phase == _RESTORED)
                 if self._phase != _RESTORED:  # there it was added while the weights were perturbed
                     self._decay_inside()
@@ -447,6 +457,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             return None
         self._require_idle("step(closure)")
         self._require_scale()
+        self._record = Record()
         probe, is_due = self.recipe.probe, self.is_due
         if callable(closure) and is_due and isinstance(probe, Anticipated):
             loss = anticipated.evaluate(self, closure, ahead)  # type: ignore[arg-type]
@@ -484,6 +495,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
                 "first_step/second_step serve one-probe recipes"
             )
         graphs.check_capture(self, "first_step()")
+        self._record = Record()
         if self.recipe.direction.needs_gradient:
             self._require_first_pass()
             if self.is_due:
@@ -492,6 +504,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         if self.is_due and self._passes_gate():
             self._ascend(by_copy=not zero_grad)
         else:
+            self._measure_gradient()
             self._begin(_NOT_DUE)  # the base steps alone on this one
         if zero_grad:
             self.zero_grad()
@@ -653,6 +666,35 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         lines.append(f"base update: {how}")
         return ops.Report("\n".join(lines))
 
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """What the last step tells of itself: new 0-d tensors on the device, for which no host waits.
+
+        ``loss``: what the closure returned in the first pass. ``loss_gap``: by how much that rose at
+        ``w + e`` (that of the last ascent, where there are several). ``grad_norm``: ``||g||`` of the first
+        pass, Euclidean, over all parameters and ranks, without the scale of a scaler. ``perturbation_norm``:
+        ``||e||``, Euclidean; 0 where the gradient was not finite.
+
+        What the step did not measure is not there: losses in the two-step form, norms of other metrics than
+        the Euclidean, and under masks. With ``SAM(..., metrics=True)`` norms always are. A list of closures
+        gives the sum of its losses, and with `m_sharpness` the mean of its norms. Losses are this rank's.
+
+        Example:
+            >>> import torch
+            >>> from sam_kernels import SAM
+            >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+            >>> opt = SAM([w], torch.optim.SGD, rho=0.5, lr=0.1)
+            >>> def closure():
+            ...     loss = 0.5 * (w**2).sum()
+            ...     loss.backward()
+            ...     return loss
+            >>> loss = opt.step(closure)
+            >>> {name: round(value.item(), 4) for name, value in opt.metrics.items()}
+            {'loss': 12.5, 'loss_gap': 2.625, 'grad_norm': 5.0, 'perturbation_norm': 0.5}
+        """
+        with torch.no_grad():
+            return self._record.tensors(self.recipe)
+
     def refresh_masters(self) -> None:
         """Look at the weights now: where one is no rounded copy of its master, the master is made from it.
 
@@ -721,6 +763,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
     def _abandon(self) -> None:
         """Weights back, nothing pending, nothing remembered: the end of every step that failed."""
         self._phase = _IDLE
+        self._record = Record()
         self._replay.forget()
         self._measure = None
         self._next_masks = None

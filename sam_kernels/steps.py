@@ -28,6 +28,7 @@ from .policies import (
     ReuseOrthogonal,
 )
 from .recipe import Recipe
+from .record import Record
 from .rng import Replay
 from .rounding import Rounding, rounding_number
 from .running_stats import frozen
@@ -69,6 +70,10 @@ class Steps:
     master_weights: bool
     stochastic_rounding: bool
     _ascents: int
+    _record: Record
+    measures: bool
+    _scale: Tensor | None
+    _scale_left: Tensor | None
     _groups: Callable[[], Served]
     _write_tables: Callable[[Served], None]
     _begin_masks: Callable[[Served], None]
@@ -94,7 +99,9 @@ class Steps:
         """Evaluate every gradient of the recipe but do not descend; the losses of the first pass."""
         recipe, probe = self.recipe, self.recipe.probe
         if not self.is_due:
-            return self._evaluate_all(closures, 0)
+            losses = self._evaluate_all(closures, 0)
+            self._measure_gradient()
+            return losses
         if not recipe.direction.needs_gradient:
             self._ascend()
             self._had_gradients = False  # those that may be there are of another step
@@ -103,6 +110,7 @@ class Steps:
             self._start_at_random(probe)
         losses = self._evaluate_all(closures, 0)
         if not self._passes_gate():
+            self._measure_gradient()
             self._restore()
             return losses
         if isinstance(probe, RandomStart) and not probe.keep_noise:
@@ -158,6 +166,7 @@ class Steps:
         """The gradient at one point: the sum over all closures, as autograd adds it up."""
         with nullcontext() if self.rng == "advance" else self._replay.around(probe, self._devices()):
             losses = self._evaluate_sum(closures, probe)
+        self._record.note_losses(probe, losses)
         self._unscale_if_tied()
         self._decay_inside()
         return losses
@@ -246,6 +255,8 @@ class Steps:
             self._draw_roundings(served, is_further)
         if self.recipe.direction.needs_gradient:
             self._read_gradients(served)
+            if is_first and self.measures:
+                self._record.note_gradient(served, self._scale_left)
         if is_first and self._keeps_first:
             self._hold(served, by_copy)
         for group, _ in served if is_further else ():
@@ -268,6 +279,7 @@ class Steps:
             self._evolve_masks_by(served, gradients)
             self._prepare_gradients(served)
             perturbation.perturb(served, found)
+            self._record.note_ascent(self, served, found, self._scale_left)  # type: ignore[arg-type]
         else:
             probing.ascend_further(served, found)
             if before is not None:
@@ -275,6 +287,14 @@ class Steps:
         probe = self.recipe.probe
         if isinstance(probe, MultiStep) and probe.project and (is_further or probe.step > 1):
             probing.project(served, probe.step)
+        if self.measures:
+            self._record.note_move(served, is_first)
+
+    def _measure_gradient(self) -> None:
+        """In a step that does not perturb, where all metrics are asked for."""
+        if self.measures and self._groups():
+            with torch.no_grad():
+                self._record.note_gradient(self._read_gradients(), self._scale_left)
 
     def _prepare_gradients(self, served: Served) -> None:
         """Called between the norm and the perturbation; a subclass may change ``group.grads`` here."""
