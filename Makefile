@@ -39,8 +39,9 @@ demo: $(READY) ## train on real data with SGD, SAM and ASAM; print and draw what
 
 test: lint test-cpp test-python ## lint, C++ tests (plain and under sanitizers), Python tests
 
+# One thread each: tests that are about threads ask for them, and the others would wait for each other's.
 test-python: $(READY) ## Python tests
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # One thread each: the models are tiny, and some tests start two processes.
 test-trainers: $(TRAINERS) ## install lightning, transformers, accelerate and deepspeed, and test SAM under them

@@ -56,12 +56,27 @@ _THINNED_PRODUCTS = {
 }
 
 
+# Files that take longest by themselves. They come first, so that no worker is left with one at the end.
+_LONG = (
+    "test_triton_build.py",
+    "test_cuda_build.py",
+    "test_passes.py",
+    "test_variant_properties.py",
+    "test_recipes.py",
+    "test_promises.py",
+    "test_graphs.py",
+    "test_four_ranks.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The interpreter takes a thousand times as long as what it interprets, so products are thinned for it.
 
     Of some files it runs a part. Of recipes times base optimizers it runs every eighth pair: each
     recipe and each base appears, in both dtypes. The rest is marked thorough; `pytest -m thorough` runs that.
     """
+    places = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(_LONG)))
     thinned: dict[str, int] = {}
     for item in items:
         module = item.nodeid.partition("::")[0].rpartition("/")[2]

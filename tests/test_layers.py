@@ -111,6 +111,26 @@ def test_trainers_are_known_to_nobody_and_import_no_library(module):
         assert not {m for m in known(module) if below(m, "trainers")}
 
 
+@pytest.mark.parametrize("module", layer("sharpness"))
+def test_sharpness_is_of_any_model_and_knows_no_optimizer(module):
+    assert not {m for m in known(module) if below(m, "optimizer", "steps", "recipe", "recipes", "backends")}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_experiments_are_known_to_the_command_alone(module):
+    if not below(module, "experiments") and module != "sam_kernels.__main__":
+        assert not {m for m in known(module) if below(m, "experiments")}
+
+
+# Optional libraries: what needs one imports it when it is called.
+OPTIONAL = {"matplotlib", "rich", "scipy", "sklearn", "torchvision", "PIL"}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_importing_takes_torch_and_numpy_alone(module):
+    assert not {m for m in imports_of(module, top_only=True) if m.split(".")[0] in OPTIONAL}
+
+
 @pytest.mark.parametrize("module", FILES)
 def test_nothing_imports_tests_bench_or_examples(module):
     assert not {

@@ -26,7 +26,7 @@ from sam_kernels.backends import triton
 # has a say. + is every variant.
 SELECTED = {
     "sm_80": "float16",
-    "sm_90": "float32+,bfloat16",
+    "sm_90": "float32+",
     "sm_100": "bfloat16",
     "gfx942": "float64",
 }
