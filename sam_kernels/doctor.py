@@ -31,7 +31,7 @@ def report() -> str:
         ("numpy", _version("numpy")),
         ("triton", _version("triton")),
         ("platform", platform.platform()),
-        ("cpu", f"{_cpu()}, {os.cpu_count()} logical cores"),
+        ("cpu", f"{cpu()}, {os.cpu_count()} logical cores"),
         ("cuda library", _said(_cuda_library)),
         ("cuda driver", _said(_cuda_driver)),
         ("cuda device", _said(_cuda_device)),
@@ -58,7 +58,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cpu() -> str:
+def cpu() -> str:
+    """The name of the processor."""
     try:
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     except OSError:

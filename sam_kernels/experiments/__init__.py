@@ -2,5 +2,5 @@
 
 command -> registry, runner, documents      the program
 groups -> experiment, training, models, data, tables, pictures   one file for each group of experiments
-runner -> store                             trials, one line of JSON each
+runner -> store, progress                   trials, one line of JSON each
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Row = dict[str, Any]
-"""A finished trial: its "arm", "seed", "options" and the numbers it returned, all JSON."""
+"""A finished trial: its "arm", "seed", "options", and as "numbers" the dict it returned; all JSON."""
 
 
 @dataclass(frozen=True)

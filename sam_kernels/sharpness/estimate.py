@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 
 class Estimate(float):
@@ -27,6 +28,7 @@ class Estimate(float):
     """
 
     values: tuple[float, ...]
+    weights: tuple[float, ...]
     error: float
 
     def __new__(
@@ -42,7 +44,7 @@ class Estimate(float):
         total = sum(shares)
         mean = math.fsum(w * v for w, v in zip(shares, kept, strict=True)) / total
         self = super().__new__(cls, mean)
-        self.values = kept
+        self.values, self.weights = kept, tuple(shares)
         if not is_random:
             self.error = 0.0
         elif len(kept) == 1:
@@ -52,8 +54,9 @@ class Estimate(float):
             self.error = math.sqrt(spread / (len(kept) - 1))
         return self
 
-    def __getnewargs_ex__(self) -> tuple[tuple[tuple[float, ...]], dict[str, bool]]:
-        return (self.values,), {"is_random": self.error != 0.0}  # for copies and pickles
+    def __getnewargs_ex__(self) -> tuple[tuple[tuple[float, ...]], dict[str, Any]]:
+        """For copies and pickles."""
+        return (self.values,), {"is_random": self.error != 0.0, "weights": self.weights}
 
     def __str__(self) -> str:
         return f"{float(self):.6g}" + (f" ± {self.error:.2g}" if self.error > 0 else "")

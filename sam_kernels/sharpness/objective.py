@@ -43,6 +43,7 @@ class Objective:
 
     Attributes:
         params: the parameters that are w, in the order of ``model.parameters()``.
+        names: what the model calls them.
         sizes: samples of each batch.
 
     Raises:
@@ -79,7 +80,8 @@ class Objective:
         if samples is not None and samples < 1:
             raise ValueError(f"sharpness: samples is {samples!r}; expected at least 1, or None for all")
         self.model, self.loss_fn, self.forward = model, loss_fn, forward or pairs
-        self.params = [p for p in model.parameters() if p.requires_grad]
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.names, self.params = [name for name, _ in named], [p for _, p in named]
         if not self.params:
             raise ValueError("sharpness: no parameter of the model requires a gradient, so there is no w")
         self.batches, self.sizes = _taken(batches, samples)
@@ -116,14 +118,15 @@ class Objective:
         return Objective(self.model, self.loss_fn, batches, forward=self.forward)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> Iterator[list[Tensor]]:
         """Evaluation mode inside; at the end the model is what it was, bit for bit, also after a ctrl-C.
 
         That is: parameters, buffers, gradients, the training flag of every module, and the states of
-        torch's random generators. Weights may be moved inside. Costs a copy of parameters and buffers.
+        torch's random generators. Weights may be moved inside. Costs a copy of parameters and buffers; the
+        copies of `params` are given, to move from and come back to, and never to be changed.
         """
         tensors = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
-        kept = [(t, t.detach().clone()) for t in tensors.values()]
+        copies = {key: t.detach().clone() for key, t in tensors.items()}
         places = [
             (module, name, buffer)
             for module in self.model.modules()
@@ -134,13 +137,13 @@ class Objective:
         state = rng.get_state({t.device for t in tensors.values()})
         try:
             self.model.eval()
-            yield
+            yield [copies[id(p)] for p in self.params]
         finally:
             with torch.no_grad():
                 for module, name, buffer in places:
                     module._buffers[name] = buffer  # a module of your own may have bound a new tensor
-                for tensor, before in kept:
-                    tensor.copy_(before)
+                for key, tensor in tensors.items():
+                    tensor.copy_(copies[key])
             for p, grad in grads:
                 p.grad = grad
             for module, flag in flags:

@@ -1,0 +1,11 @@
+"""What the experiments train on: the digits of scikit-learn, and original data sets where a user has them.
+
+digits, named -> split, files
+shifts        -> digits, named, files: the same samples, moved step by step from a source to a target
+"""
+
+from .digits import digits
+from .named import cifar, mnist
+from .split import Split, flipped
+
+__all__ = ["Split", "cifar", "digits", "flipped", "mnist"]

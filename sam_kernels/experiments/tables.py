@@ -1,0 +1,221 @@
+"""Rows into tables: means, spreads, differences in pairs; as text, as markdown, as JSON."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .experiment import Row, Table
+
+Metric = str | Callable[[Row], float]
+"""A name in ``row["numbers"]``, or a function of the row."""
+
+
+def value_of(row: Row, metric: Metric) -> float:
+    """The metric of a row as a float.
+
+    Raises:
+        KeyError: if its numbers have no such name; the message lists those it has.
+    """
+    if callable(metric):
+        return float(metric(row))
+    if metric not in row["numbers"]:
+        known = ", ".join(sorted(row["numbers"]))
+        raise KeyError(f"{row['arm']}, seed {row['seed']} has no number {metric!r}; it has {known}")
+    return float(row["numbers"][metric])
+
+
+def arms(rows: Iterable[Row]) -> list[str]:
+    """The arms of the rows, each once, in order of appearance."""
+    return list(dict.fromkeys(row["arm"] for row in rows))
+
+
+def of(rows: Iterable[Row], arm: str | None = None, **options: Any) -> list[Row]:
+    """The rows of an arm (None for all), by seed, whose options have these values.
+
+    Example:
+        >>> row = {"arm": "sam", "seed": 0, "options": {"m": 8}, "numbers": {"loss": 0.5}}
+        >>> len(of([row], "sam", m=8)), len(of([row], "sam", m=4)), len(of([row], m=8))
+        (1, 0, 1)
+    """
+    chosen = [
+        row
+        for row in rows
+        if arm in (None, row["arm"])
+        and all(key in row["options"] and row["options"][key] == value for key, value in options.items())
+    ]
+    return sorted(chosen, key=lambda row: row["seed"])
+
+
+def values(rows: Iterable[Row], metric: Metric, arm: str | None = None, **options: Any) -> list[float]:
+    """The metric of the rows that `of` chooses."""
+    return [value_of(row, metric) for row in of(rows, arm, **options)]
+
+
+def mean_and_spread(numbers: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation (n - 1); the deviation of a single number is nan, as is the mean of none.
+
+    Example:
+        >>> mean_and_spread([1.0, 3.0])
+        (2.0, 1.4142135623730951)
+    """
+    if not numbers:
+        return math.nan, math.nan
+    if not all(map(math.isfinite, numbers)):  # statistics would raise, or say inf - inf
+        return sum(numbers) / len(numbers), math.nan
+    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else math.nan
+
+
+def cell(numbers: Sequence[float], digits: int = 2) -> str:
+    """Mean and standard deviation as they stand in a table; a dash where there is nothing.
+
+    Example:
+        >>> cell([97.0, 98.0]), cell([97.0]), cell([])
+        ('97.50 ± 0.71', '97.00', '–')
+    """
+    if not numbers:
+        return "–"
+    mean, spread = mean_and_spread(numbers)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What an arm has more than another, in pairs of the same seed.
+
+    Args:
+        seeds: the pairs there are.
+        values: the differences, one a pair.
+        mean: of the values; nan without any.
+        error: standard error of the mean, ``s / sqrt(n)``; nan for fewer than two pairs.
+    """
+
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+    mean: float
+    error: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the mean is more than two standard errors from zero; never for fewer than two pairs."""
+        return abs(self.mean) > 2 * self.error
+
+    def __str__(self) -> str:
+        return self.said()
+
+    def said(self, digits: int = 2, unit: str = "") -> str:
+        """In words: mean, standard error, how many pairs, and whether it is more than two such errors."""
+        if not self.values:
+            return "no pairs yet"
+        mean = f"{self.mean:+.{digits}f}{unit}"
+        if math.isnan(self.error):
+            return f"{mean} (one pair)"
+        size = "more" if self.is_clear else "not more"
+        return (
+            f"{mean} ± {self.error:.{digits}f} (mean and standard error of {len(self.values)} pairs), "
+            f"{size} than two standard errors"
+        )
+
+
+def paired(rows: Iterable[Row], metric: Metric, arm: str, against: str, **options: Any) -> Difference:
+    """The metric of an arm minus that of another, seed by seed.
+
+    Pairs share a seed, and with it the split, the first weights and the order of the batches, so what
+    the seed does to both drops out.
+
+    Args:
+        rows: of an experiment.
+        metric: a name in the rows' numbers or a function of a row.
+        arm, against: the arms.
+        options: which rows, where an arm has several for a seed.
+
+    Raises:
+        ValueError: if an arm has several rows for a seed; say which by options.
+
+    Example:
+        >>> def row(arm, seed, x):
+        ...     return {"arm": arm, "seed": seed, "options": {}, "numbers": {"x": x}}
+        >>> rows = [row("sam", 0, 3.0), row("sgd", 0, 1.0), row("sam", 1, 5.0), row("sgd", 1, 2.0)]
+        >>> found = paired(rows, "x", "sam", "sgd")
+        >>> found.mean, found.error, found.is_clear
+        (2.5, 0.5, True)
+    """
+    rows = list(rows)
+    left, right = (_by_seed(of(rows, name, **options), metric, name) for name in (arm, against))
+    seeds = tuple(seed for seed in left if seed in right)
+    differences = tuple(left[seed] - right[seed] for seed in seeds)
+    mean, spread = mean_and_spread(differences)
+    return Difference(seeds, differences, mean, spread / math.sqrt(len(seeds)) if seeds else math.nan)
+
+
+def _by_seed(rows: list[Row], metric: Metric, arm: str) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for row in rows:
+        if row["seed"] in found:
+            raise ValueError(
+                f"paired: {arm!r} has several rows for seed {row['seed']}; expected one, so say which by "
+                f"options, e.g. one of {row['options']}"
+            )
+        found[row["seed"]] = value_of(row, metric)
+    return found
+
+
+def render(table: Table, width: int = 110) -> str:
+    """The table as text, at most `width` characters wide where rich is installed to fold the cells."""
+    try:
+        from rich.console import Console
+        from rich.table import Table as RichTable
+        from rich.text import Text
+    except ImportError:
+        return _plain(table)
+    import io
+
+    out = RichTable(title=Text(table.title, style="bold"), title_justify="left")
+    for number, column in enumerate(table.columns):
+        out.add_column(Text(column), justify="right" if number else "left")
+    for row in table.rows:
+        out.add_row(*(Text(text) for text in row))
+    text = io.StringIO()
+    console = Console(file=text, width=width, color_system=None, force_terminal=False)
+    console.print(out)
+    if table.note:
+        console.print(Text(table.note))
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _plain(table: Table) -> str:
+    lines = [list(table.columns), *(list(row) for row in table.rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
+    texts = [
+        "  ".join(
+            text.rjust(width) if i else text.ljust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([table.title, "", texts[0], rule, *texts[1:], *([table.note] if table.note else [])])
+
+
+def markdown(table: Table) -> str:
+    """The table as GitHub's markdown, its title above in bold and its note below."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in cells) + " |"
+
+    rule = "|" + "|".join(" --- " if not i else " ---: " for i in range(len(table.columns))) + "|"
+    parts = [f"**{table.title}**", "\n".join([line(table.columns), rule, *map(line, table.rows)])]
+    return "\n\n".join([*parts, *([table.note] if table.note else [])])
+
+
+def as_json(table: Table) -> dict[str, Any]:
+    """The table as JSON: title, columns, rows, note."""
+    return {
+        "title": table.title,
+        "columns": list(table.columns),
+        "rows": [list(row) for row in table.rows],
+        "note": table.note,
+    }
