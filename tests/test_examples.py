@@ -122,3 +122,23 @@ def test_arguments_that_make_no_sense_are_refused(digits, capsys):
     assert "--noise is a share" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         digits.parse(["--seeds", "0"])
+
+
+def test_the_sharpness_example_puts_two_reports_side_by_side(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setenv("COLUMNS", "120")
+    example = pytest.importorskip("examples.sharpness_report")
+    report, reports = example.report, []
+
+    def few(*arguments, **options):
+        reports.append(report(*arguments, **options, samples=40, draws=2, eigenvalues=0, progress=False))
+        return reports[-1]
+
+    monkeypatch.setattr(example, "report", few)
+    monkeypatch.setattr(example, "network", lambda: torch.nn.Linear(64, 10))  # the example's takes its time
+    example.main(["--epochs", "1"])
+    rows = {cells(line)[0]: cells(line)[1:3] for line in capsys.readouterr().out.splitlines() if "│" in line}
+    for name in ("loss", "one step", "worst case", "accuracy gap"):
+        shown = [float(cell.split()[0]) for cell in rows[name]]
+        assert shown == pytest.approx([found[name.replace(" ", "_")] for found in reports], rel=0.006)
+    assert reports[0]["loss"] != reports[1]["loss"], "both were trained alike"

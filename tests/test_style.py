@@ -64,6 +64,8 @@ PUBLIC = {
     "sampling.top_losses": sam_kernels.sampling.top_losses,
     "recipes.get": recipes.get,
     "recipes.names": recipes.names,
+    "SAM.metrics": SAM.metrics,
+    **{f"sharpness.{name}": getattr(sam_kernels.sharpness, name) for name in sam_kernels.sharpness.__all__},
 }
 
 
@@ -86,6 +88,8 @@ def test_every_public_name_has_a_docstring(name):
         "recipes.get",
         "sampling.sharpest",
         "sampling.top_losses",
+        "SAM.metrics",
+        *(name for name in PUBLIC if name.startswith("sharpness.") and inspect.isfunction(PUBLIC[name])),
     ],
 )
 def test_the_main_names_have_an_example(name):
@@ -110,7 +114,8 @@ def readme_examples() -> list[str]:
 
 
 @pytest.mark.skipif(not readme_examples(), reason="there is no README with Python examples in this tree")
-def test_examples_of_the_readme_run():
+def test_examples_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one saves a picture
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 3))
     x, y = torch.randn(16, 4), torch.randint(3, (16,))

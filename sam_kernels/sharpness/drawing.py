@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 COLORS = ("#7f7f7f", "#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b")
 DARK, FAINT = "#444444", "#e5e5e5"
 
-# Above this ratio of the largest loss to the least, equal steps would show the largest alone.
-_WIDE = 20.0
+# Above these ratios of the largest loss to the least, equal steps would show the largest alone. An axis has
+# more room than colors have.
+_WIDE, _WIDE_AXIS = 20.0, 100.0
 
 # Bounds of colors within a factor of ten; the finest that leave no more than 20 colors.
 _STEPS: tuple[tuple[float, ...], ...] = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 7))
@@ -46,7 +47,9 @@ def draw(landscapes: Sequence[Landscape], path: Path) -> None:
     else:
         figure = Figure(figsize=(4.6 * count + 1.2, 5.0), layout="constrained")
         _planes(figure, landscapes)
-    figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
+    figure.savefig(
+        path, format="png", dpi=150, bbox_inches="tight", pad_inches=0.15, metadata={"Software": None}
+    )
 
 
 def _curves(axes: Any, landscapes: Sequence[Landscape]) -> None:
@@ -55,7 +58,8 @@ def _curves(axes: Any, landscapes: Sequence[Landscape]) -> None:
     for one, color in zip(landscapes, _colors(len(landscapes)), strict=True):
         (a,) = one.coordinates
         shown = np.where(np.isfinite(one.losses), one.losses, np.nan)
-        axes.plot(a, shown, color=color, linewidth=1.8, label=None if alone else f"{one.label}: {_at(one)}")
+        name = None if alone else f"{one.label} ({one.base:.4g} at the weights)"
+        axes.plot(a, shown, color=color, linewidth=1.8, label=name)
         if math.isfinite(one.base):
             name = f"the weights: {one.base:.4g}" if alone else None
             axes.plot(0, one.base, "o", color=color, markeredgecolor="white", markersize=8, label=name)
@@ -64,7 +68,7 @@ def _curves(axes: Any, landscapes: Sequence[Landscape]) -> None:
             axes.plot(
                 place, least, "*", color="#d62728", markeredgecolor="white", markersize=13, label=_lowest(one)
             )
-    if finite and min(finite) > 0 and max(finite) / min(finite) > _WIDE:
+    if finite and min(finite) > 0 and max(finite) / min(finite) > _WIDE_AXIS:
         from matplotlib.ticker import FuncFormatter, NullFormatter
 
         axes.set_yscale("log")
@@ -81,12 +85,13 @@ def _curves(axes: Any, landscapes: Sequence[Landscape]) -> None:
     axes.set_ylabel("loss" + _lost(landscapes), color=DARK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=FAINT)
-    axes.legend(frameon=False, fontsize=9)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9)
 
 
 def _planes(figure: Any, landscapes: Sequence[Landscape]) -> None:
     from matplotlib.colors import BoundaryNorm
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     levels, is_clipped = _levels(np.concatenate([one.losses.ravel() for one in landscapes]))
     all_axes = figure.subplots(1, len(landscapes), sharex=True, sharey=True, squeeze=False)[0]
@@ -107,6 +112,7 @@ def _planes(figure: Any, landscapes: Sequence[Landscape]) -> None:
             )
         axes.set_title(one.label or "Loss around the weights", loc="left", fontsize=11, fontweight="bold")
         axes.set_xlabel(_axis_name(landscapes, 0), color=DARK)
+        axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
         axes.legend(
             loc="upper left", bbox_to_anchor=(-0.02, -0.14), frameon=False, fontsize=9, borderaxespad=0
         )
@@ -122,8 +128,8 @@ def _planes(figure: Any, landscapes: Sequence[Landscape]) -> None:
 def _levels(losses: Any) -> tuple[Any, bool]:
     """Bounds of colors, and whether losses above the last one are cut off.
 
-    Equal steps, or steps by a factor where losses differ by more than `_WIDE`. A quarter of all points may
-    lie above the last bound if they are far above it: else an explosion at the rim would be all there is.
+    Equal steps, or steps by a factor where losses differ much, see `_WIDE`. A quarter of all points may lie
+    above the last bound if they are far above it: else an explosion at the rim would be all there is.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -183,7 +189,7 @@ def _lost(landscapes: Sequence[Landscape]) -> str:
 
 def _number(x: float, _: Any = None) -> str:
     if x == 0 or 1e-3 <= abs(x) < 1e5:
-        return f"{x:.3g}"
+        return f"{float(f'{x:.3g}'):g}"  # 1000, where .3g alone has 1e+03
     digits, exponent = f"{x:.0e}".split("e")
     return f"{digits}e{int(exponent)}"
 

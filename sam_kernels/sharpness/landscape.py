@@ -250,14 +250,10 @@ def compare(
         ImportError: without matplotlib; the values are written all the same.
 
     Example:
-        >>> import tempfile
         >>> batch = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 1)
         >>> models = {"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)}
         >>> found = [line(m, nn.functional.mse_loss, [batch], label=k) for k, m in models.items()]
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     compare(found, Path(folder) / "both.png")
-        ...     sorted(p.name for p in Path(folder).iterdir())
-        ['both.json', 'both.png']
+        >>> compare(found, "both.png")  # doctest: +SKIP
     """
     found = list(landscapes)
     if len(found) < 2:
@@ -349,7 +345,8 @@ def _bar(progress: bool | None, total: int) -> Iterator[Callable[[], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("loss landscape"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=console.is_terminal) as shown:
         task = shown.add_task("", total=total)
         yield lambda: shown.advance(task)
 
