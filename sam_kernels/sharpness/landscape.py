@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .. import ops
+from .bar import shown
 from .directions import Direction, Normalize, directions_of
 from .hessian import Product, alike, by_list, dot, norm
 from .objective import Forward, Objective
@@ -292,11 +290,13 @@ def _measured(
     shape = tuple(map(len, axes))
     losses = np.empty(shape)
     move = _Mover(objective, vectors)
-    with _bar(progress, losses.size) as advance:
+    with shown(progress, "loss landscape") as bar:
+        task = None if bar is None else bar.add_task("", total=losses.size)
         for place in np.ndindex(*shape):
             move([axis[i] for axis, i in zip(axes, place, strict=True)])
             losses[place] = objective.loss()
-            advance()
+            if bar is not None:
+                bar.advance(task)
     return Landscape(
         coordinates=axes,
         losses=losses,
@@ -327,28 +327,6 @@ class _Mover:
             for snapshots, params, along in self.lists:
                 row = torch.tensor([[1.0, *steps]], dtype=torch.float64, device=params[0].device)
                 ops.combine_([params], [snapshots, *along], row)
-
-
-@contextmanager
-def _bar(progress: bool | None, total: int) -> Iterator[Callable[[], None]]:
-    """A function to call after each of so many evaluations."""
-    has_rich = importlib.util.find_spec("rich") is not None
-    if progress and not has_rich:
-        raise ImportError(
-            "sharpness: progress=True shows a bar of rich, which is not installed; run "
-            "pip install 'sam_kernels[sharpness]', or leave progress at None"
-        )
-    if not (has_rich and sys.stderr.isatty() if progress is None else progress):
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("loss landscape"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=console.is_terminal) as shown:
-        task = shown.add_task("", total=total)
-        yield lambda: shown.advance(task)
 
 
 def _write(landscapes: list[Landscape], path: str | Path, values: dict[str, Any]) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +14,7 @@ from . import curvature
 from .ascent import m_sharpness, one_step, projected_ascent, worst_case
 from .average import average_case, random_direction
 from .ball import check_count, check_rho, finite
+from .bar import shown
 from .estimate import Estimate
 from .gap import generalization_gap
 from .moves import Weights
@@ -264,20 +262,28 @@ def report(
     if test is not None:
         steps["gap"] = gap
     rows: dict[str, Row] = {}
-    with _bar(progress, len(steps)) as (begin, tick):
+    with shown(progress, "{task.description:<18}", "{task.fields[batches]} batches") as bar:
+        task = None if bar is None else bar.add_task("", total=len(steps), batches=0)
+        batches = 0
 
         def counted(*arguments: Any) -> Tensor:
-            tick()
+            nonlocal batches
+            batches += 1
+            if bar is not None:
+                bar.update(task, batches=batches)
             return loss_fn(*arguments)
 
-        for title, step in steps.items():
-            begin(title)
+        for number, (title, step) in enumerate(steps.items()):
+            if bar is not None:
+                bar.update(task, description=title, completed=number)
             start = time.perf_counter()
             found = step(counted)
             seconds = time.perf_counter() - start
             for name, value in found.items():
                 exact = value if isinstance(value, Estimate) else Estimate([value], is_random=False)
                 rows[name] = Row(exact, sizes.get(name), seconds, _meaning(name, m))
+        if bar is not None:
+            bar.update(task, completed=len(steps))
     return Report(rows, rho=rho, samples=objective.count, seed=seed)
 
 
@@ -307,43 +313,3 @@ def _meaning(name: str, m: int) -> str:
 
 def _number(x: float) -> float | None:
     return float(x) if math.isfinite(x) else None
-
-
-@contextmanager
-def _bar(progress: bool | None, total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    """Two functions for what is shown: a measure begins, and a batch has been evaluated."""
-    has_rich = importlib.util.find_spec("rich") is not None
-    if progress and not has_rich:
-        raise ImportError(
-            "sharpness: progress=True shows a bar of rich, which is not installed; run "
-            "pip install 'sam_kernels[sharpness]', or leave progress at None"
-        )
-    if not (has_rich and sys.stderr.isatty() if progress is None else progress):
-        yield (lambda name: None), (lambda: None)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description:<18}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[batches]} batches"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task("", total=total, batches=0)
-        begun = batches = 0
-
-        def begin(name: str) -> None:
-            nonlocal begun
-            shown.update(task, description=name, completed=begun)
-            begun += 1
-
-        def tick() -> None:
-            nonlocal batches
-            batches += 1
-            shown.update(task, batches=batches)
-
-        yield begin, tick
-        shown.update(task, completed=total)
