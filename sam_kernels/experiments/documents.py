@@ -57,7 +57,7 @@ def block(experiment: Experiment, rows: Sequence[Row], picture: str, link: str |
 def _markdown(
     experiment: Experiment, found: Findings, rows: Sequence[Row], picture: str, link: str | None
 ) -> str:
-    parts = [f"*{experiment.title}.* Source: {experiment.source}."]
+    parts = [f"*{experiment.title.rstrip('.')}* (source: {experiment.source})"]
     parts += [_reflowed(experiment.protocol)]
     parts += [tables.markdown(table) for table in found.tables]
     for claim in found.claims:

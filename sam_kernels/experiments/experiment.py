@@ -50,6 +50,10 @@ class Trial:
         """The same for the same trial, in every run of the program."""
         return json.dumps([self.arm, self.seed, self.options], sort_keys=True)
 
+    def __str__(self) -> str:
+        options = ", ".join(f"{key} {value}" for key, value in self.options.items())
+        return f"{self.arm}, seed {self.seed}" + (f" ({options})" if options else "")
+
 
 @dataclass(frozen=True)
 class Table:

@@ -55,7 +55,7 @@ class Progress:
             left = max(left, 0.0) if self.done > 1 else seconds * (self.total - self.done)
         took = "failed" if seconds is None else f"{seconds:.1f} s"
         rest = f"; about {_time(left)} left" if self.done < self.total else ""
-        self.say(f"{self.name} {self.done}/{self.total}: {trial.arm}, seed {trial.seed}: {took}{rest}")
+        self.say(f"{self.name} {self.done}/{self.total}: {trial}: {took}{rest}")
 
     def say(self, text: str) -> None:
         """A line, above the bar where there is one."""

@@ -184,24 +184,18 @@ class _Job:
             self.progress.finished(trial, seconds)
 
     def _failed(self, trial: Trial, error: Exception) -> None:
-        sentence = f"{self.experiment.name}: {named(trial)} failed: {type(error).__name__}: {error}"
+        sentence = f"{self.experiment.name}: {trial} failed: {type(error).__name__}: {error}"
         self.outcome.failures.append(sentence)
         self.outcome.not_run -= 1
         self.say("".join(traceback.format_exception(error)).rstrip())
         self.progress.finished(trial, None)
 
     def _ended(self, trials: list[Trial]) -> None:
-        names = "; ".join(map(named, trials))
+        names = "; ".join(map(str, trials))
         self.outcome.failures.append(
             f"{self.experiment.name}: a worker process was ended from outside, perhaps for memory, while "
             f"these ran: {names}. Try again with fewer --workers"
         )
-
-
-def named(trial: Trial) -> str:
-    """A trial as the user reads it: arm, seed and options."""
-    options = ", ".join(f"{key}={value}" for key, value in trial.options.items())
-    return f"{trial.arm}, seed {trial.seed}" + (f" ({options})" if options else "")
 
 
 def _timed(run: Run, trial: Trial, data: Path | None) -> tuple[dict[str, Any], float]:

@@ -166,6 +166,7 @@ def _by_seed(rows: list[Row], metric: Metric, arm: str) -> dict[int, float]:
 def render(table: Table, width: int = 110) -> str:
     """The table as text, at most `width` characters wide where rich is installed to fold the cells."""
     try:
+        from rich import box
         from rich.console import Console
         from rich.table import Table as RichTable
         from rich.text import Text
@@ -173,9 +174,11 @@ def render(table: Table, width: int = 110) -> str:
         return _plain(table)
     import io
 
-    out = RichTable(title=Text(table.title, style="bold"), title_justify="left")
+    out = RichTable(title=Text(table.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
     for number, column in enumerate(table.columns):
-        out.add_column(Text(column), justify="right" if number else "left")
+        out.add_column(
+            Text(column), justify="right" if number else "left", no_wrap=not number, overflow="fold"
+        )
     for row in table.rows:
         out.add_row(*(Text(text) for text in row))
     text = io.StringIO()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from . import pictures
 from .experiment import Claim, Row
 from .tables import Difference, Metric, mean_and_spread, of, value_of
 
@@ -134,12 +135,14 @@ def missing(rows: Sequence[Row], arms: Sequence[str]) -> str:
     counts = {arm: sum(row["arm"] == arm for row in rows) for arm in arms}
     most = max(counts.values(), default=0)
     parts = []
-    if fewer := [f"{arm} ({n} of {most})" for arm, n in counts.items() if n < most]:
+    if fewer := [f"{pictures.label(arm)} ({n} of {most})" for arm, n in counts.items() if n < most]:
         parts.append(f"Runs are missing: {', '.join(fewer)}.")
     elif not most:
         parts.append("No runs yet.")
     for arm in arms:
         lost = sum(row["arm"] == arm and bool(row["numbers"].get("diverged")) for row in rows)
         if lost:
-            parts.append(f"Left out: {lost} of {counts[arm]} runs of {arm}, whose loss was not finite.")
+            parts.append(
+                f"Left out: {lost} of {counts[arm]} runs of {pictures.label(arm)}, whose loss was not finite."
+            )
     return " ".join(parts)

@@ -1,7 +1,7 @@
 """What the experiments train on: the digits of scikit-learn, and original data sets where a user has them.
 
 digits, named -> split, files
-shifts        -> digits, named, files: the same samples, moved step by step from a source to a target
+shifted -> shifts, digits, named, files    samples that move step by step from a source to a target
 """
 
 from .digits import digits

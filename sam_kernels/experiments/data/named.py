@@ -19,6 +19,7 @@ MNIST_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+MNIST_PLACES = ("", "MNIST/raw", "MNIST", "mnist")
 MNIST_SOURCE = "http://yann.lecun.com/exdb/mnist, or torchvision.datasets.MNIST(folder, download=True)"
 CIFAR_SOURCE = "https://www.cs.toronto.edu/~kriz/cifar.html, the python version, unpacked"
 
@@ -55,7 +56,7 @@ def mnist(
     """
     if download:
         _fetch("MNIST", folder)
-    paths = files.found(folder, ("", "MNIST/raw", "MNIST", "mnist"), MNIST_FILES, "MNIST", MNIST_SOURCE)
+    paths = files.found(folder, MNIST_PLACES, MNIST_FILES, "MNIST", MNIST_SOURCE)
     x, y, x_test, y_test = (files.read_idx(path) for path in paths)
     image = (1, *x.shape[1:])
     return _split(x, y, x_test, y_test, 10, "MNIST", image, train, test, noise, seed)

@@ -60,7 +60,7 @@ def choose(data: Path | None = None) -> dict[str, dict[float, float]]:
 def trials(settings: Settings) -> list[Trial]:
     name = "digits" if settings.data is None else "mnist"
     seeds = 1 if settings.quick else settings.seeds or SEEDS
-    share = 50 if settings.quick else 1  # of the document's epochs
+    share = 100 if settings.quick else 1  # of the document's epochs
     out = [
         Trial(arm, seed, {"what": "train", "data": name, "gradients": 100 * 150 // share, "lr": LR[arm]})
         for seed in range(seeds)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from .. import pictures, tables
-from ..data import shifts
+from ..data import shifted, shifts
 from ..experiment import Claim, Experiment, Findings, Row, Settings, Table, Trial
 from ..models import ood_network, tabular_network
 from ..self_training import adapt
@@ -84,11 +84,11 @@ def trials(settings: Settings) -> list[Trial]:
 def _sets(settings: Settings) -> list[dict[str, Any]]:
     quick = {"quick": True} if settings.quick else {}
     if settings.data is None:
-        return [{"data": name, **quick} for name in shifts.EMBEDDED]
+        return [{"data": name, **quick} for name in shifted.EMBEDDED]
     folder = settings.data
-    found = [name for name in shifts.ORIGINAL if shifts.is_there(name, folder)]
+    found = [name for name in shifted.ORIGINAL if shifted.is_there(name, folder)]
     return [{"data": name, "original": True, **quick} for name in found] or [
-        {"data": name, **quick} for name in shifts.EMBEDDED
+        {"data": name, **quick} for name in shifted.EMBEDDED
     ]
 
 
@@ -96,8 +96,8 @@ def run(trial: Trial, data: Path | None) -> dict[str, Any]:
     """Train on the source, measure on the target, adapt, measure again; accuracies in percent."""
     options = trial.options
     is_original = bool(options.get("original"))
-    shift = shifts.shift(options["data"], data if is_original else None, trial.seed)
-    epochs, later = (2, 1) if options.get("quick") else (25 if shift.image_shape is None else 100, 25)
+    shift = shifted.shift(options["data"], data if is_original else None, trial.seed)
+    epochs, later = (10, 1) if options.get("quick") else (25 if shift.image_shape is None else 100, 25)
     arm = ARMS[trial.arm]
     learn = partial(
         train,
@@ -284,7 +284,7 @@ def _draw(rows: list[Row], sets: list[str], path: Path) -> None:
         pictures.curves(
             line[0],
             curves,
-            f"{NAMES[name]}: trained on the source alone",
+            f"{NAMES[name][0].upper()}{NAMES[name][1:]}: trained on the source alone",
             at=middles,
             x="share of the way from source to target",
             y="accuracy, %",

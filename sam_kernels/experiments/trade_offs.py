@@ -1,0 +1,236 @@
+"""What recipes cost and what they bring: tables to choose by, with claims and pictures beside."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from . import pictures, tables
+from .experiment import Findings, Row, Table
+from .summaries import scores
+from .trade_off_claims import FAMILIES, LONGER, SAM, SGD, Times, claims
+from .trade_off_pictures import draw
+from .verdicts import missing, usable
+
+
+def findings(
+    rows: list[Row], arms: list[str], balls: list[str], noises: Sequence[float], balls_at: float, timed: str
+) -> Findings:
+    """Of rows that may be some of all.
+
+    Args:
+        rows: trainings, with options "noise", and one of the arm `timed` whose numbers are step times.
+        arms, balls: names of the trainings.
+        noises: shares of wrong labels.
+        balls_at: that of the balls.
+        timed: see rows.
+    """
+    times: Times = next((row["numbers"]["times"] for row in rows if row["arm"] == timed), {})
+    trainings = [row for row in rows if row["arm"] != timed]
+    good = usable(trainings)
+    seen = [noise for noise in noises if any(row["options"]["noise"] == noise for row in good)]
+    means = over_noise(good, arms, seen)
+    accuracies = {arm: statistics.fmean(found) for arm in arms if (found := tables.values(means, "all", arm))}
+    gains = {arm: tables.paired(means, "wrong", arm, SGD) for arm in arms if arm in accuracies and arm != SGD}
+    costs = {arm: _cost(arm, times) for arm in arms}
+    chosen = front({arm: (costs[arm], accuracies[arm]) for arm in accuracies if costs[arm] is not None})
+    numbers = {
+        "step times": {arm: dict(found) for arm, found in times.items()},
+        "accuracy over all noise": accuracies,
+        "gain over sgd with wrong labels": {arm: [gain.mean, gain.error] for arm, gain in gains.items()},
+        "front": chosen,
+    }
+    return Findings(
+        [
+            _to_choose_by(trainings, arms, costs, accuracies, chosen, times),
+            _by_noise(trainings, arms, accuracies, seen),
+            _families(means, times),
+            _balls(trainings, [SAM, SGD, *balls], balls_at),
+        ],
+        claims(good, times, [noise for noise in noises if noise]),
+        partial(draw, good, arms, costs, accuracies, chosen, seen),
+        numbers,
+    )
+
+
+def over_noise(rows: Sequence[Row], arms: Sequence[str], noises: Sequence[float]) -> list[Row]:
+    """A row for each arm and seed that has run at all these shares of wrong labels, with mean accuracies.
+
+    Its numbers: "all", over all shares; "wrong", over those above 0, or of none.
+    """
+    found: list[Row] = []
+    for arm in arms:
+        mine = tables.of(rows, arm)
+        for seed in sorted({row["seed"] for row in mine}):
+            at = {
+                r["options"]["noise"]: float(r["numbers"]["test_accuracy"]) for r in mine if r["seed"] == seed
+            }
+            if noises and all(noise in at for noise in noises):
+                wrong = [at[noise] for noise in noises if noise] or [math.nan]
+                numbers = {
+                    "all": statistics.fmean(at[noise] for noise in noises),
+                    "wrong": statistics.fmean(wrong),
+                }
+                found.append({"arm": arm, "seed": seed, "options": {}, "numbers": numbers})
+    return found
+
+
+def front(points: Mapping[str, tuple[float | None, float]]) -> list[str]:
+    """The names that nothing beats: no other costs as little or less and brings as much or more.
+
+    Args:
+        points: (cost, gain) by name.
+
+    Example:
+        >>> front({"sgd": (1.0, 90.0), "sam": (2.0, 92.0), "dear": (3.0, 91.0)})
+        ['sgd', 'sam']
+    """
+    at = {name: (cost, gain) for name, (cost, gain) in points.items() if cost is not None}
+    return [
+        name
+        for name, (cost, gain) in at.items()
+        if not any(c <= cost and g >= gain and (c, g) != (cost, gain) for c, g in at.values())
+    ]
+
+
+def _cost(arm: str, times: Times) -> float | None:
+    """Time of a training as a multiple of the base's: of a step, or twice as many of the base."""
+    if arm in (SGD, LONGER):
+        return {SGD: 1.0, LONGER: 2.0}[arm] if times else None
+    return times[arm]["ratio"] if arm in times else None
+
+
+def _sorted(arms: Sequence[str], accuracies: Mapping[str, float]) -> list[str]:
+    return sorted(arms, key=lambda arm: -accuracies.get(arm, -math.inf))
+
+
+def _to_choose_by(
+    rows: list[Row],
+    arms: list[str],
+    costs: Mapping[str, float | None],
+    accuracies: Mapping[str, float],
+    chosen: Sequence[str],
+    times: Times,
+) -> Table:
+    good = usable(rows)
+    lines = []
+    for arm in _sorted(arms, accuracies):
+
+        def cell(name: str, digits: int, noise: float, scale: float = 1.0, arm: str = arm) -> str:
+            return tables.cell([scale * v for v in tables.values(good, name, arm, noise=noise)], digits)
+
+        gradients = tables.values(good, "gradients_per_step", arm)
+        lines.append(
+            [
+                pictures.label(arm) + (" *" if arm in chosen else ""),
+                f"{accuracies[arm]:.1f}" if arm in accuracies else "–",
+                cell("test_accuracy", 1, 0.0),
+                cell("test_accuracy", 1, 0.4),
+                cell("accuracy_gap", 1, 0.0),
+                cell("sharpness", 2, 0.0, 1e3),
+                cell("eigenvalue", 2, 0.0),
+                f"{statistics.fmean(gradients):.2f}" if gradients else "–",
+                _said(costs[arm]),
+            ]
+        )
+    notes = [
+        "Sorted by the mean test accuracy over all shares of wrong labels, %. * marks what nothing in the "
+        "table beats in both time and accuracy. Gap in points and sharpness in thousandths, without wrong "
+        "labels. Time: that of a step as a multiple of SGD's; twice the epochs count double.",
+        _control(times) if times else "Step times have not been measured yet.",
+        missing([row for row in rows if row["options"]["noise"] == 0], arms),
+    ]
+    columns = [
+        "recipe",
+        "accuracy, all",
+        "no wrong labels",
+        "40 % wrong",
+        "gap",
+        "sharpness",
+        "top eigenvalue",
+        "gradients",
+        "time",
+    ]
+    return Table("To choose by", columns, lines, " ".join(note for note in notes if note))
+
+
+def _control(times: Times) -> str:
+    if SGD not in times:
+        return ""
+    found = times[SGD]
+    return (
+        f"How well times can be told apart: SGD beside itself took {found['ratio']:.2f} (quartiles "
+        f"{found['low']:.2f} and {found['high']:.2f})."
+    )
+
+
+def _said(cost: float | None) -> str:
+    return "–" if cost is None else f"{cost:.2f}"
+
+
+def _by_noise(
+    rows: list[Row], arms: list[str], accuracies: Mapping[str, float], seen: Sequence[float]
+) -> Table:
+    good = usable(rows)
+    lines = [
+        [
+            pictures.label(arm),
+            *(tables.cell(tables.values(good, "test_accuracy", arm, noise=noise), 1) for noise in seen),
+        ]
+        for arm in _sorted(arms, accuracies)
+    ]
+    lacking = missing(rows, arms)
+    return Table(
+        "Test accuracy by the share of wrong training labels, %",
+        ["recipe", *(f"{noise:.0%}" for noise in seen)],
+        lines,
+        " ".join(["Mean ± standard deviation of the seeds.", lacking]).strip(),
+    )
+
+
+def _families(means: list[Row], times: Times) -> Table:
+    lines = []
+    for family, members in FAMILIES.items():
+        for arm in members:
+            gains = [_gain(tables.paired(means, "wrong", arm, against)) for against in (SGD, SAM)]
+            lines.append([family, pictures.label(arm), _said(_cost(arm, times)), *gains])
+            family = ""
+    return Table(
+        "Families of the article",
+        ["family", "recipe", "time", "accuracy less SGD's", "less SAM's"],
+        lines,
+        "Accuracies: points, mean over the shares of wrong labels above 0, ± standard error in pairs; * is "
+        "more than two of those from zero. SAMPa runs on one device here, where nothing is parallel.",
+    )
+
+
+def _gain(found: tables.Difference) -> str:
+    if not found.values:
+        return "–"
+    error = "" if math.isnan(found.error) else f" ± {found.error:.1f}"
+    return f"{found.mean:+.1f}{error}" + " *" * found.is_clear
+
+
+def _balls(rows: list[Row], arms: list[str], noise: float) -> Table:
+    columns = {
+        "test accuracy, %": ("test_accuracy", 2),
+        "training accuracy, %": ("train_accuracy", 2),
+        "test loss": ("test_loss", 3),
+        "sharpness": ("sharpness", 4),
+    }
+    good = usable(rows)
+    against = {}
+    for arm in arms:
+        if arm != SAM:
+            against[arm] = _gain(tables.paired(good, "test_accuracy", arm, SAM, noise=noise))
+    return scores(
+        f"Balls and the L2 term, {noise:.0%} wrong labels",
+        rows,
+        arms,
+        columns,
+        more={"accuracy less SAM's": against},
+        note="The last column: mean ± standard error in pairs; * is more than two of those from zero.",
+        noise=noise,
+    )
