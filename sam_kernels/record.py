@@ -44,22 +44,22 @@ class Record:
     """The step so far; scalars are 0-d tensors, and several where micro-batches perturb by themselves.
 
     Attributes:
-        losses: by probe, what closures returned.
+        losses: by probe, the numbers that closures returned.
         grads: norms of first gradients.
         ascents: the norm that an ascent divided by, and its rho, where they tell how far it went.
         moves: how far weights were moved, where that was measured.
         scale: of the gradients that were measured; None for 1.
     """
 
-    losses: dict[int, list[Any]] = field(default_factory=dict)
+    losses: dict[int, list[Tensor | float | None]] = field(default_factory=dict)
     grads: list[Tensor] = field(default_factory=list)
     ascents: list[tuple[Tensor, Any, float]] = field(default_factory=list)
     moves: list[Tensor] = field(default_factory=list)
     scale: Tensor | None = None
 
     def note_losses(self, probe: int, losses: Sequence[Any]) -> None:
-        """What the closures of a pass returned."""
-        self.losses.setdefault(probe, []).extend(losses)
+        """What the closures of a pass returned: no graphs, and None in place of what is not one number."""
+        self.losses.setdefault(probe, []).extend(map(_number_of, losses))
 
     def note_gradient(self, served: Served, scale: Tensor | None) -> None:
         """Measure the gradients that the groups have read: those of the first pass."""
@@ -105,7 +105,7 @@ class Record:
         # Of a batch that was anticipated, the first pass has number 1.
         first = _total(self.losses[min(self.losses)]) if self.losses else None
         if first is not None:
-            found["loss"] = first
+            found["loss"] = first.clone()  # else it would be the closure's own, or a graph's
         last = _total(self.losses.get(_compared(recipe, self.losses), []))
         if first is not None and last is not None:
             found["loss_gap"] = last.to(first.device) - first
@@ -126,7 +126,7 @@ def _sees_all(recipe: Recipe, metrics: set[int]) -> bool:
     return FIXED not in metrics and (isinstance(mask, Dense | ByName | ByModule) or is_full)
 
 
-def _compared(recipe: Recipe, losses: dict[int, list[Any]]) -> int:
+def _compared(recipe: Recipe, losses: dict[int, list[Tensor | float | None]]) -> int:
     """The probe whose loss is compared with the first: that at ``w + e`` of the same batch; -1 for none."""
     if isinstance(recipe.probe, Anticipated | RandomStart):
         return -1
@@ -159,16 +159,19 @@ def _moved(group: Any) -> Tensor:
     return total
 
 
-def _total(losses: list[Any]) -> Tensor | None:
+def _number_of(loss: Any) -> Tensor | float | None:
+    if isinstance(loss, Tensor):
+        return loss.detach().reshape(()) if loss.numel() == 1 and not loss.is_complex() else None
+    return float(loss) if isinstance(loss, int | float) else None
+
+
+def _total(losses: list[Tensor | float | None]) -> Tensor | None:
     """The sum of what closures returned, where it is one number each."""
     total: Tensor | None = None
     for loss in losses:
-        if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
-            one = loss.detach().reshape(())
-        elif isinstance(loss, int | float):
-            one = torch.tensor(float(loss), dtype=torch.float64)
-        else:
+        if loss is None:
             return None
+        one = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
         total = one if total is None else total + one.to(total.device)
     return total
 

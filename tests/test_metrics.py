@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import weakref
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,27 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     opt.step(closure)
     assert opt.metrics["perturbation_norm"].item() == 0.0
     assert not torch.isfinite(opt.metrics["grad_norm"])
+
+
+def test_what_a_closure_returns_is_not_kept_alive():
+    problem = Problem()
+    graphs, outputs = [], []
+
+    def closure():
+        out = problem.model(problem.x)
+        loss = nn.functional.cross_entropy(out, problem.y)
+        loss.backward()
+        graphs.append(weakref.ref(loss))
+        outputs.append(weakref.ref(out))
+        return loss if len(graphs) < 5 else (loss, out)
+
+    problem.opt.step(closure)
+    assert all(ref() is None for ref in graphs)
+    assert "loss" in problem.opt.metrics
+    problem.opt.step(closure)
+    problem.opt.step(closure)
+    assert all(ref() is None for ref in outputs)
+    assert set(problem.opt.metrics) == {"grad_norm", "perturbation_norm"}
 
 
 def test_a_step_that_failed_leaves_no_metrics():
