@@ -21,10 +21,13 @@ from torch import nn
 pytest.importorskip("sklearn", reason="scikit-learn, which has the digits, is not installed")
 
 from sam_kernels import SAM, recipes  # noqa: E402
-from sam_kernels.experiments import data, self_training, step_times, trade_offs, training  # noqa: E402
+from sam_kernels.experiments import data, self_training, training  # noqa: E402
 from sam_kernels.experiments.data import files, shifted, shifts  # noqa: E402
 from sam_kernels.experiments.experiment import Settings, Trial  # noqa: E402
 from sam_kernels.experiments.groups import cost_benefit, out_of_distribution  # noqa: E402
+from sam_kernels.experiments.groups.cost_benefit import step_times  # noqa: E402
+from sam_kernels.experiments.groups.cost_benefit.claims import FAMILIES  # noqa: E402
+from sam_kernels.experiments.groups.cost_benefit.findings import front  # noqa: E402
 
 NUMBERS = np.random.default_rng(0)
 
@@ -414,7 +417,8 @@ def test_claims_on_moved_data_follow_the_differences_in_pairs():
     assert gain["sam"]["mean"] == pytest.approx(5) and gain["strongest"]["mean"] == pytest.approx(-4)
     verdicts = [claim.verdict for claim in found.claims]
     assert verdicts == ["agrees", "disagrees", "disagrees", "agrees", "disagrees", "undecided", "agrees"]
-    assert "+5.00" in found.claims[0].measured and "3 pairs" in found.claims[0].measured
+    assert found.claims[0].measured.endswith("By data set: rotated digits +5.00, brighter digits +5.00.")
+    assert "+5.00 points" in found.claims[0].measured and "3 pairs" in found.claims[0].measured
 
 
 def test_a_mean_over_data_sets_waits_until_all_are_there():
@@ -496,11 +500,14 @@ def cost_rows(seeds: int = 3, noises=(0.0, 0.2, 0.4, 0.6, 0.8)) -> list[dict]:
             if not noise:
                 numbers["eigenvalue"] = 2.0 if arm == "sam" else 1.0 + 0.01 * (seed % 2)
             rows.append({"arm": arm, "seed": seed, "options": {"noise": noise}, "numbers": numbers})
-    times = {arm: {"ratio": 2.0, "low": 1.9, "high": 2.1, "ms": 4.0} for arm in cost_benefit.ARMS}
-    times |= {
-        arm: {"ratio": 1.4, "low": 1.3, "high": 1.5, "ms": 3.0} for arm in ("sam, every=5", "rst", "looksam")
+    times = {
+        arm: {"ratio": 2.0, "low": 1.9, "high": 2.1, "error": 0.05, "ms": 4.0} for arm in cost_benefit.ARMS
     }
-    times["ae_sam"] = {"ratio": 1.9, "low": 1.7, "high": 2.0, "ms": 3.0}
+    times |= {
+        arm: {"ratio": 1.4, "low": 1.3, "high": 1.5, "error": 0.05, "ms": 3.0}
+        for arm in ("sam, every=5", "rst", "looksam")
+    }
+    times["ae_sam"] = {"ratio": 1.95, "low": 1.7, "high": 2.0, "error": 0.05, "ms": 3.0}
     return [*rows, {"arm": "step times", "seed": 0, "options": {}, "numbers": {"times": times}}]
 
 
@@ -519,7 +526,7 @@ def test_claims_on_wrong_labels_and_cost_follow_the_numbers():
     shown = {row[0].removesuffix(" *"): row for row in found.tables[0].rows}
     assert shown["SGD"][-1] == "1.00" and shown["SAM"][-1] == "2.00"
     assert len(shown) == len(cost_benefit.ARMS)
-    named = {arm for members in trade_offs.FAMILIES.values() for arm in members}
+    named = {arm for members in FAMILIES.values() for arm in members}
     assert named <= set(cost_benefit.ARMS)
 
 
@@ -547,7 +554,7 @@ def test_a_run_that_diverged_is_left_out_and_named():
 
 def test_the_front_has_what_nothing_beats():
     points = {"a": (1.0, 5.0), "b": (1.0, 6.0), "c": (2.0, 6.0), "d": (3.0, 9.0), "e": (None, 99.0)}
-    assert trade_offs.front(points) == ["b", "d"]
+    assert front(points) == ["b", "d"]
 
 
 @pytest.mark.parametrize("arm", ["sgd", "ssam_f", "k_sam"])

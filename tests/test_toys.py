@@ -12,7 +12,7 @@ from sam_kernels import SAM, recipes
 from sam_kernels.experiments import convergence
 from sam_kernels.experiments.experiment import Settings, Trial
 from sam_kernels.experiments.groups import toys
-from sam_kernels.experiments.toy_functions import BARRIER, LINE, PLANE, AtPoint, Toy, descend, kappa
+from sam_kernels.experiments.groups.toys.functions import BARRIER, LINE, PLANE, AtPoint, Toy, descend, kappa
 
 
 def points(*rows: float | tuple[float, ...]) -> Tensor:

@@ -1,1 +1,1 @@
-"""One file for each group of experiments; each has an `EXPERIMENT`."""
+"""One file or folder for each group of experiments; each has an `EXPERIMENT`."""

@@ -238,5 +238,5 @@ EXPERIMENT = Experiment(
     trials=trials,
     run=run,
     findings=findings,
-    minutes=7,
+    minutes=5,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -201,8 +201,9 @@ def _table(rows: list[Row], means: list[Row], sets: list[str], measure: str, lac
         said = "" if arm == "adam" else gain.said(2) if len(gain.values) < 2 else _short(gain)
         lines.append([pictures.label(arm), *cells, said])
     note = (
-        "Percent, mean ± standard deviation over seeds. The last column is the mean over the data sets, in "
-        "pairs of the same seed, ± its standard error, with * where it is more than two of those from zero."
+        "Percent, mean ± standard deviation over seeds; digits have ten classes, so chance is 10. The last "
+        "column is the mean over the data sets, in pairs of the same seed, ± its standard error; * is more "
+        "than two of those from zero."
     )
     columns = ["around Adam", *(NAMES[name] for name in sets), "all, less Adam"]
     return Table(
@@ -222,7 +223,8 @@ def _claims(rows: list[Row], means: list[Row]) -> list[Claim]:
     def more(says: str, measure: str, arm: str, against: str = "adam") -> Claim:
         name = "The mean accuracy of ASAM, K-SAM and LookSAM" if arm == "strongest" else "SAM's accuracy"
         what = f"{name} less {pictures.label(against)}'s, averaged over the data sets"
-        return judge(says, what, tables.paired(means, measure, arm, against), "more", unit=" points")
+        claim = judge(says, what, tables.paired(means, measure, arm, against), "more", unit=" points")
+        return replace(claim, measured=f"{claim.measured}{_by_set(rows, measure, arm, against)}")
 
     def of_one(what: str, data: str, measure: str, arm: str, against: str, says: str = "") -> Claim:
         some = [row for row in rows if row["options"]["data"] == data]
@@ -266,6 +268,17 @@ def _claims(rows: list[Row], means: list[Row]) -> list[Claim]:
             ],
         ),
     ]
+
+
+def _by_set(rows: list[Row], measure: str, arm: str, against: str) -> str:
+    """Which data sets a difference comes from, as its mean may hide that it is one of them."""
+    parts = []
+    for name in NAMES:
+        means = averaged([row for row in rows if _set_of(row) == name], {"strongest": STRONGEST})
+        found = tables.paired(means, measure, arm, against)
+        if found.values:
+            parts.append(f"{NAMES[name]} {found.mean:+.2f}")
+    return f" By data set: {', '.join(parts)}." if parts else ""
 
 
 def _draw(rows: list[Row], sets: list[str], path: Path) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import sharpness
-from ..experiment import Experiment, Settings, Trial
-from ..toy_findings import findings
-from ..toy_functions import BARRIER, LINE, PLANE, AtPoint, Toy, descend, kappa
-from ..toy_pictures import LR, RHO
+from .... import sharpness
+from ...experiment import Experiment, Settings, Trial
+from .findings import findings
+from .functions import BARRIER, LINE, PLANE, AtPoint, Toy, descend, kappa
+from .pictures import LR, RHO
 
 TITLE = "Does SAM leave sharp minima of functions that one can draw?"
 PROTOCOL = """

@@ -7,12 +7,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from . import pictures, tables
-from .experiment import Findings, Row, Table
-from .summaries import scores
-from .trade_off_claims import FAMILIES, LONGER, SAM, SGD, Times, claims
-from .trade_off_pictures import draw
-from .verdicts import missing, usable
+from ... import pictures, tables
+from ...experiment import Findings, Row, Table
+from ...summaries import scores
+from ...verdicts import missing, usable
+from .claims import FAMILIES, LONGER, SAM, SGD, Times, claims
+from .pictures import draw
 
 
 def findings(
@@ -44,7 +44,7 @@ def findings(
     }
     return Findings(
         [
-            _to_choose_by(trainings, arms, costs, accuracies, chosen, times),
+            _to_choose_by(trainings, means, arms, costs, accuracies, chosen, times),
             _by_noise(trainings, arms, accuracies, seen),
             _families(means, times),
             _balls(trainings, [SAM, SGD, *balls], balls_at),
@@ -108,6 +108,7 @@ def _sorted(arms: Sequence[str], accuracies: Mapping[str, float]) -> list[str]:
 
 def _to_choose_by(
     rows: list[Row],
+    means: list[Row],
     arms: list[str],
     costs: Mapping[str, float | None],
     accuracies: Mapping[str, float],
@@ -118,38 +119,40 @@ def _to_choose_by(
     lines = []
     for arm in _sorted(arms, accuracies):
 
-        def cell(name: str, digits: int, noise: float, scale: float = 1.0, arm: str = arm) -> str:
-            return tables.cell([scale * v for v in tables.values(good, name, arm, noise=noise)], digits)
+        def mean(name: str, digits: int, noise: float, scale: float = 1.0, arm: str = arm) -> str:
+            found = tables.values(good, name, arm, noise=noise)
+            return f"{scale * statistics.fmean(found):.{digits}f}" if found else "–"
 
         gradients = tables.values(good, "gradients_per_step", arm)
         lines.append(
             [
                 pictures.label(arm) + (" *" if arm in chosen else ""),
-                f"{accuracies[arm]:.1f}" if arm in accuracies else "–",
-                cell("test_accuracy", 1, 0.0),
-                cell("test_accuracy", 1, 0.4),
-                cell("accuracy_gap", 1, 0.0),
-                cell("sharpness", 2, 0.0, 1e3),
-                cell("eigenvalue", 2, 0.0),
+                tables.cell(tables.values(means, "all", arm), 1),
+                mean("test_accuracy", 1, 0.0),
+                mean("test_accuracy", 1, 0.4),
+                mean("accuracy_gap", 1, 0.0),
+                mean("sharpness", 2, 0.0, 1e3),
+                mean("eigenvalue", 2, 0.0),
                 f"{statistics.fmean(gradients):.2f}" if gradients else "–",
                 _said(costs[arm]),
             ]
         )
     notes = [
-        "Sorted by the mean test accuracy over all shares of wrong labels, %. * marks what nothing in the "
-        "table beats in both time and accuracy. Gap in points and sharpness in thousandths, without wrong "
-        "labels. Time: that of a step as a multiple of SGD's; twice the epochs count double.",
+        "Means over seeds. Sorted by the test accuracy over all shares of wrong labels, %, ± standard "
+        "deviation; * marks what nothing in the table beats in both accuracy and time. Without wrong labels: "
+        "gap in points, sharpness in thousandths, top eigenvalue. Gradients of a step, and its time as a "
+        "multiple of SGD's; twice the epochs count double.",
         _control(times) if times else "Step times have not been measured yet.",
         missing([row for row in rows if row["options"]["noise"] == 0], arms),
     ]
     columns = [
         "recipe",
-        "accuracy, all",
-        "no wrong labels",
+        "accuracy",
+        "0 % wrong",
         "40 % wrong",
         "gap",
         "sharpness",
-        "top eigenvalue",
+        "top λ",
         "gradients",
         "time",
     ]
@@ -181,13 +184,24 @@ def _by_noise(
         ]
         for arm in _sorted(arms, accuracies)
     ]
-    lacking = missing(rows, arms)
+    lacking = f"{_at_chance(good, arms, seen)} {missing(rows, arms)}"
     return Table(
         "Test accuracy by the share of wrong training labels, %",
         ["recipe", *(f"{noise:.0%}" for noise in seen)],
         lines,
         " ".join(["Mean ± standard deviation of the seeds.", lacking]).strip(),
     )
+
+
+def _at_chance(rows: list[Row], arms: list[str], seen: Sequence[float]) -> str:
+    """A sentence on the arms that learned nothing although their losses stayed finite."""
+    said = []
+    for arm in arms:
+        at = {noise: tables.values(rows, "test_accuracy", arm, noise=noise) for noise in seen}
+        lost = [f"{noise:.0%}" for noise, found in at.items() if found and statistics.fmean(found) < 15]
+        if lost:
+            said.append(f"{pictures.label(arm)} at {', '.join(lost)}")
+    return f"Near chance, which is 10 %, in spite of finite losses: {'; '.join(said)}." if said else ""
 
 
 def _families(means: list[Row], times: Times) -> Table:

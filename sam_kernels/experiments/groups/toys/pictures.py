@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from . import pictures, tables
-from .experiment import Row
-from .toy_functions import BARRIER, LINE, PLANE
+from ... import pictures, tables
+from ...experiment import Row
+from .functions import BARRIER, LINE, PLANE
 
 LR, RHO = 5e-5, 0.1  # in one dimension, by the rule that the protocol states
 DOCUMENTED = (1.225, 0.016)

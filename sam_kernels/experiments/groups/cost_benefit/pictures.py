@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import pictures, tables
-from .experiment import Row
-from .trade_off_claims import LONGER, SAM, SGD
+from ... import pictures, tables
+from ...experiment import Row
+from .claims import LONGER, SAM, SGD
 
-CURVES = (SGD, LONGER, SAM, "asam", "looksam", "fisher_sam", "msam")  # of the right picture
+CURVES = (SGD, LONGER, SAM, "asam", "fisher_sam", "gnp", "k_sam", "msam")  # of the right picture
 
 
 def draw(

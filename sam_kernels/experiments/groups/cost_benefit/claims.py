@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
-from . import pictures, tables
-from .experiment import Claim, Row
-from .verdicts import judge, together
+from ... import pictures, tables
+from ...experiment import Claim, Row
+from ...verdicts import Verdict, judge, together
 
 # As the encyclopedia article groups them.
 FAMILIES = {
@@ -64,13 +65,17 @@ def _doubled(times: Times) -> Claim:
     if SAM not in times:
         return Claim(says, "Step times have not been measured yet.", "not measured")
     found = times[SAM]
+    low, high = found["ratio"] - 2 * found["error"], found["ratio"] + 2 * found["error"]
     measured = (
-        f"A step of SAM takes {found['ratio']:.2f} times one of SGD (quartiles {found['low']:.2f} and "
-        f"{found['high']:.2f}); 1.8 to 2.2 counts as doubled."
+        f"A step of SAM takes {_time(found)} times one of SGD (median and standard error); 1.8 to 2.2 counts "
+        "as doubled, with two standard errors around it inside."
     )
-    is_inside = 1.8 <= found["low"] and found["high"] <= 2.2
-    is_outside = found["high"] < 1.8 or found["low"] > 2.2
+    is_inside, is_outside = 1.8 <= low and high <= 2.2, high < 1.8 or low > 2.2
     return Claim(says, measured, "agrees" if is_inside else "disagrees" if is_outside else "undecided")
+
+
+def _time(found: Mapping[str, float]) -> str:
+    return f"{found['ratio']:.2f}" + ("" if math.isnan(found["error"]) else f" ± {found['error']:.2f}")
 
 
 def _cheaper(times: Times) -> Claim:
@@ -81,11 +86,9 @@ def _cheaper(times: Times) -> Claim:
         return Claim(says, "Step times have not been measured yet.", "not measured")
     parts = []
     for arm in members:
-        ours, sams = times[arm], times[SAM]
-        is_less, is_more = ours["high"] < sams["low"], ours["low"] > sams["high"]
-        verdict = "agrees" if is_less else "disagrees" if is_more else "undecided"
-        said = f"{pictures.label(arm)}: {ours['ratio']:.2f} times SGD's step."
-        parts.append(Claim("", said, verdict))  # type: ignore[arg-type]
+        less = times[SAM]["ratio"] - times[arm]["ratio"]
+        is_clear = abs(less) > 2 * math.hypot(times[SAM]["error"], times[arm]["error"])
+        verdict: Verdict = "undecided" if not is_clear else "agrees" if less > 0 else "disagrees"
+        parts.append(Claim("", f"{pictures.label(arm)}: {_time(times[arm])} times SGD's step.", verdict))
     found = together(says, parts)
-    rule = f"SAM: {times[SAM]['ratio']:.2f}. Less or more where the quartiles do not overlap."
-    return Claim(says, f"{found.measured} {rule}", found.verdict)
+    return Claim(says, f"{found.measured} SAM: {_time(times[SAM])}.", found.verdict)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from . import tables
-from .experiment import Claim, Findings, Row, Table
-from .toy_functions import BARRIER
-from .toy_pictures import LR, RHO, draw
+from ... import tables
+from ...experiment import Claim, Findings, Row, Table
+from .functions import BARRIER
+from .pictures import LR, RHO, draw
 
 
 def findings(rows: list[Row]) -> Findings:
