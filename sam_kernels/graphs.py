@@ -138,6 +138,7 @@ class GraphedStep:
         self._loss = loss
         self._replay = replay
         self._known = _known(opt)
+        self._record = opt._record  # of the recorded step: every replay writes its numbers
         self._fixed = _fixed(opt)
 
     @torch.no_grad()
@@ -181,6 +182,8 @@ class GraphedStep:
         for place, x in zip(self._places, batch, strict=True):
             place.copy_(x, non_blocking=True)
         self._replay()
+        opt._record = self._record
+        self._record.refresh(opt)
         for group in opt.param_groups:
             group["sam_step"] += 1
         for stepped in (opt, opt.base_optimizer):

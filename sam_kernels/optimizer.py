@@ -676,8 +676,11 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         ``||e||``, Euclidean; 0 where the gradient was not finite.
 
         What the step did not measure is not there: losses in the two-step form, norms of other metrics than
-        the Euclidean, and under masks. With ``SAM(..., metrics=True)`` norms always are. A list of closures
-        gives the sum of its losses, and with `m_sharpness` the mean of its norms. Losses are this rank's.
+        the Euclidean, and under masks. With ``SAM(..., metrics=True)`` both norms are, wherever a gradient is
+        evaluated at the weights and weights are moved. In the two-step form a scaler tells its scale at the
+        end; after `unscale_` it does not, and ``grad_norm`` is left out. Without `metrics` the perturbation
+        of half weights is that before rounding. A list of closures gives the sum of its losses, and with
+        `m_sharpness` the mean of its norms. Losses are this rank's.
 
         Example:
             >>> import torch

@@ -56,6 +56,7 @@ class Record:
     ascents: list[tuple[Tensor, Any, float]] = field(default_factory=list)
     moves: list[Tensor] = field(default_factory=list)
     scale: Tensor | None = None
+    index: int = 0  # of a param group that has this rho
 
     def note_losses(self, probe: int, losses: Sequence[Any]) -> None:
         """What the closures of a pass returned: no graphs, and None in place of what is not one number."""
@@ -82,6 +83,7 @@ class Record:
         is_whole = isinstance(recipe.mask, Dense | ByName | ByModule)
         if not opt.measures and is_one and is_one_ascent and is_whole:
             self.ascents.append((found.norm, first, recipe.eps))
+            self.index = next(iter(rhos))
 
     def know_scale(self, scale: Tensor | None, is_scaled: bool) -> None:
         """In the two-step form, after the second backward: the scale of the gradients that were measured.
@@ -91,6 +93,11 @@ class Record:
         self.scale = scale
         if is_scaled and scale is None:
             self.grads.clear()
+
+    def refresh(self, opt: SAM) -> None:
+        """After the replay of a graph: its tensors are new by themselves, and rho is that of the replay."""
+        rho = number(opt.param_groups[self.index][opt._rho_key])
+        self.ascents = [(norm, rho, eps) for norm, _, eps in self.ascents]
 
     def note_move(self, served: Served, is_first: bool) -> None:
         """Measure how far the weights are from their snapshots."""
@@ -105,7 +112,7 @@ class Record:
         # Of a batch that was anticipated, the first pass has number 1.
         first = _total(self.losses[min(self.losses)]) if self.losses else None
         if first is not None:
-            found["loss"] = first.clone()  # else it would be the closure's own, or a graph's
+            found["loss"] = first.clone()  # else it would be that of the next replay of a graph, too
         last = _total(self.losses.get(_compared(recipe, self.losses), []))
         if first is not None and last is not None:
             found["loss_gap"] = last.to(first.device) - first
@@ -130,7 +137,7 @@ def _compared(recipe: Recipe, losses: dict[int, list[Tensor | float | None]]) ->
     """The probe whose loss is compared with the first: that at ``w + e`` of the same batch; -1 for none."""
     if isinstance(recipe.probe, Anticipated | RandomStart):
         return -1
-    return max(losses, default=-1) if isinstance(recipe.probe, MultiStep) else 1
+    return max(losses, default=-1) if isinstance(recipe.probe, MultiStep | Lookbehind) else 1
 
 
 def _indices(served: Served) -> list[int]:
@@ -161,7 +168,8 @@ def _moved(group: Any) -> Tensor:
 
 def _number_of(loss: Any) -> Tensor | float | None:
     if isinstance(loss, Tensor):
-        return loss.detach().reshape(()) if loss.numel() == 1 and not loss.is_complex() else None
+        # A copy: the closure may write its loss into one place, and users divide it by something.
+        return loss.detach().clone().reshape(()) if loss.numel() == 1 and not loss.is_complex() else None
     return float(loss) if isinstance(loss, int | float) else None
 
 

@@ -566,3 +566,30 @@ def test_weights_are_moved_while_differences_are_taken_and_only_then():
 def test_what_makes_no_sense_gets_a_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call(Toy(), *TOY)
+
+
+def test_operators_that_can_be_differentiated_once_are_not_passed_by():
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad):
+            return 2 * ctx.saved_tensors[0] * grad
+
+    class Squared(nn.Module):
+        def forward(self, x):
+            return Square.apply(x)
+
+    model = nn.Sequential(nn.Linear(4, 5), Squared(), nn.Linear(5, 3))
+    data = [(torch.randn(8, 4), torch.randint(3, (8,)))]
+    with pytest.raises(RuntimeError, match="once_differentiable.*take products by 'difference'"):
+        eigenvalues(model, F.cross_entropy, data)
+    found = eigenvalues(model, F.cross_entropy, data, hvp="difference", tol=0.05)
+    model[1] = nn.Identity()
+    model[1].forward = lambda x: x * x
+    exact = eigenvalues(model, F.cross_entropy, data)
+    assert abs(found.values[0] / exact.values[0] - 1) < 0.02

@@ -342,6 +342,7 @@ def test_replayed_steps_are_the_steps_taken(name, base, backend, taped):
     for number in range(1, 4):
         ours, theirs = step(*batch(number)), eager(models[1], opts[1], number)
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+        torch.testing.assert_close(opts[0].metrics, opts[1].metrics, rtol=1e-9, atol=1e-12)
     assert_close(results(models[0], opts[0]), results(models[1], opts[1]), 1e-12)
     assert [g["sam_step"] for g in opts[0].param_groups] == [6]
     assert not same_bits(models[0].parameters(), net().parameters())
@@ -363,6 +364,8 @@ def test_kernels_follow_rates_radii_and_schedules_between_replays(base, taped):
         step(*batch(number))
         eager(models[1], opts[1], number)
         assert opts[0].param_groups[0]["rho"] == opts[1].param_groups[0]["rho"]
+        torch.testing.assert_close(opts[0].metrics, opts[1].metrics, rtol=1e-9, atol=1e-12)
+        assert opts[0].metrics["perturbation_norm"] > 0.1 * (2 + number)
     assert_close(results(models[0], opts[0]), results(models[1], opts[1]), 1e-12)
 
 

@@ -89,6 +89,16 @@ def test_all_metrics_can_be_measured(name):
     torch.testing.assert_close(found["loss_gap"].item(), at[0] - problem.seen[0][0], rtol=1e-7, atol=1e-12)
 
 
+def test_several_ascents_are_compared_at_the_last():
+    problem = Problem("lookbehind_sam", metrics=True)
+    before = problem.step()
+    found = problem.opt.metrics
+    last = problem.seen[-1]
+    torch.testing.assert_close(found["loss_gap"].item(), last[0] - problem.seen[0][0], rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(found["perturbation_norm"], (last[2] - before).norm(), **CLOSE)
+    assert len(problem.seen) == 3
+
+
 @pytest.mark.parametrize("name", [*MOVED_BY_ONE, "msam", "rand_sam", "sampa", "ssam_d"])
 def test_what_is_free_is_what_would_be_measured(name):
     free, measured = Problem(name), Problem(name, metrics=True)
@@ -231,6 +241,22 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     opt.step(closure)
     assert opt.metrics["perturbation_norm"].item() == 0.0
     assert not torch.isfinite(opt.metrics["grad_norm"])
+
+
+def test_losses_are_those_of_the_step_whatever_becomes_of_their_tensors():
+    problem, place = Problem(), torch.zeros((), dtype=torch.float64)
+    seen = []
+
+    def closure():
+        loss = problem.closure()
+        seen.append(loss.item())
+        return place.copy_(loss.detach())
+
+    loss = problem.opt.step(closure)
+    loss /= 4
+    found = problem.opt.metrics
+    torch.testing.assert_close(found["loss"].item(), seen[0], **CLOSE)
+    torch.testing.assert_close(found["loss_gap"].item(), seen[1] - seen[0], rtol=1e-7, atol=1e-12)
 
 
 def test_what_a_closure_returns_is_not_kept_alive():

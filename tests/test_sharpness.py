@@ -8,7 +8,9 @@ import importlib.util
 import io
 import json
 import math
+import os
 import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -842,3 +844,125 @@ def test_a_bar_without_rich_is_refused_and_the_report_does_without(monkeypatch):
     with pytest.raises(ImportError, match=r"pip install 'sam_kernels\[sharpness\]'"):
         measured(progress=True)
     assert "one_step" in measured(progress=None)[2]
+
+
+# ---- what surrounds a measurement ------------------------------------------------------------------
+
+
+def test_a_loader_that_draws_leaves_the_random_state_as_it_was():
+    x, y = torch.randn(24, 3), torch.randint(3, (24,))
+    own = torch.Generator().manual_seed(7)
+    for shuffle, generator in ((False, None), (True, None), (True, own)):
+        loader = torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(x, y), batch_size=8, shuffle=shuffle, generator=generator
+        )
+        before, of_own = torch.get_rng_state(), own.get_state()
+        sharpness.one_step(nn.Linear(3, 3), cross_entropy, loader)
+        torch.manual_seed(1)
+        model = nn.Linear(3, 3)
+        before = torch.get_rng_state()
+        sharpness.one_step(model, cross_entropy, loader)
+        assert torch.equal(torch.get_rng_state(), before), (shuffle, generator)
+        assert torch.equal(own.get_state(), of_own)
+
+
+def test_casts_of_moved_weights_do_not_outlive_the_measurement():
+    model, x, y = nn.Linear(16, 16), torch.randn(8, 16), torch.randint(16, (8,))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model(x)
+        sharpness.one_step(model, cross_entropy, [(x, y)], rho=3.0)
+        assert torch.equal(model(x), before)
+
+
+def test_a_buffer_that_cannot_be_written_keeps_nothing_else_from_being_put_back():
+    model = nn.Linear(6, 4)
+    model.register_buffer("mask", torch.ones(1, 1).expand(4, 6))
+    before = state(model)
+    data = [(torch.randn(5, 6), torch.randint(4, (5,)))]
+    assert sharpness.one_step(model, cross_entropy, data) > 0
+    assert state(model) == before and model.training
+
+
+def test_a_second_interrupt_waits_until_the_weights_are_back(monkeypatch):
+    model, data = nn.Linear(6, 4), [(torch.randn(5, 6), torch.randint(4, (5,)))]
+    before = state(model)
+    objective = sharpness.Objective(model, cross_entropy, data)
+    heard = []
+
+    class Nervous(nn.Module):
+        def train(self, mode=True):
+            if mode:
+                os.kill(os.getpid(), signal.SIGINT)  # in the middle of the restoration
+                heard.append(mode)
+            return super().train(mode)
+
+    model.add_module("nervous", Nervous())
+    with pytest.raises(KeyboardInterrupt), objective.held():
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        raise KeyboardInterrupt
+    assert heard
+    del model.nervous
+    assert state(model) == before
+
+
+def test_modules_that_merge_weights_in_evaluation_are_left_as_they_were():
+    class Merging(nn.Linear):
+        """As adapters do: in evaluation mode their product is added to the weight."""
+
+        merged = False
+
+        def train(self, mode=True):
+            super().train(mode)
+            if mode == self.merged:
+                with torch.no_grad():
+                    self.weight.add_(0.37, alpha=-1 if mode else 1)
+                self.merged = not mode
+            return self
+
+    model = nn.Sequential(Merging(6, 4))
+    before = state(model)
+    assert sharpness.one_step(model, cross_entropy, [(torch.randn(5, 6), torch.randint(4, (5,)))]) > 0
+    assert state(model) == before and not model[0].merged
+
+
+def test_inference_mode_is_refused_in_words():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        sharpness.one_step(nn.Linear(2, 2), cross_entropy, [(torch.randn(3, 2), torch.tensor([0, 1, 1]))])
+
+
+def test_the_report_says_what_is_wrong_before_it_measures():
+    model, x, y = nn.Linear(3, 3), torch.randn(9, 3), torch.randint(3, (9,))
+    calls = []
+
+    def counted(outputs, targets):
+        calls.append(1)
+        return cross_entropy(outputs, targets)
+
+    for options, sentence in (
+        ({"test": [(x,)]}, "a batch is tuple of 1; expected a pair"),
+        ({"eigenvalues": 13}, "eigenvalues is 13; expected at most 12"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=sentence):
+            sharpness.report(model, counted, [(x, y)], progress=False, **options)
+    assert calls == []
+
+
+def test_every_row_of_the_report_is_of_the_same_samples():
+    torch.manual_seed(3)
+    model, x, y = nn.Linear(3, 3), torch.randn(600, 3), torch.randint(3, (600,))
+    found = sharpness.report(
+        model, cross_entropy, [(x, y)], samples=500, eigenvalues=0, draws=2, progress=False
+    )
+    alone = sharpness.projected_ascent(model, cross_entropy, [(x[:500], y[:500])], 0.1, samples=None)
+    assert (
+        found["projected_ascent"] == alone != sharpness.projected_ascent(model, cross_entropy, [(x, y)], 0.1)
+    )
+
+
+def test_numbers_of_numpy_are_numbers_and_halves_of_samples_are_none():
+    model, data = nn.Linear(3, 3), [(torch.randn(4, 3), torch.randint(3, (4,)))]
+    assert sharpness.one_step(model, cross_entropy, data, rho=np.float32(0.05), m=np.int64(2)) > 0
+    for samples in (2.5, "3", True):
+        with pytest.raises(ValueError, match="samples is .*; expected a whole number of at least 1"):
+            sharpness.one_step(model, cross_entropy, data, samples=samples)

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from ..interrupts import deferred
 from .experiment import Experiment, Settings, Trial
 from .progress import Progress
 from .store import Store, commit, key_of
@@ -144,7 +145,7 @@ class _Job:
         pool = ProcessPoolExecutor(
             min(self.settings.workers, len(trials)), multiprocessing.get_context("spawn"), _prepare
         )
-        with _deferred_interrupt() as came:
+        with deferred() as came:
             try:
                 while (waiting or running) and not came:
                     while waiting and len(running) < self.settings.workers:
@@ -173,7 +174,7 @@ class _Job:
             self._finished(running.pop(future), numbers, seconds)
 
     def _finished(self, trial: Trial, numbers: dict[str, Any], seconds: float) -> None:
-        with _deferred_interrupt():
+        with deferred():
             try:
                 self.store.append(trial, numbers, seconds)
             except TypeError as error:  # numbers that are no JSON are a mistake of the trial
@@ -217,22 +218,6 @@ def _follow(parent: int) -> None:
     """A killed parent closes nothing that a worker waits for: see to it that none is left over."""
     wait_for_end([parent])
     os._exit(1)
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[list[Any]]:
-    """A ctrl-C inside waits until the block has ended; the list that is given has something in it then."""
-    came: list[Any] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came  # signals come to the main thread only
-        return
-    before = signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if came and callable(before):
-            before(*came[0])
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -12,16 +13,16 @@ from torch import Tensor
 
 def check_rho(rho: float) -> float:
     """A radius as it is; a sentence where it is none."""
-    if isinstance(rho, bool) or not isinstance(rho, int | float) or not 0 <= rho < math.inf:
+    if isinstance(rho, bool) or not isinstance(rho, Real) or not 0 <= rho < math.inf:
         raise ValueError(f"sharpness: rho is {rho!r}; expected a finite number of at least 0")
     return float(rho)
 
 
 def check_count(name: str, value: int, least: int = 1) -> int:
     """A whole number as it is; a sentence where it is none, or too small."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"sharpness: {name} is {value!r}; expected a whole number of at least {least}")
-    return value
+    return int(value)
 
 
 def finite(loss: float, where: str = "at the weights as they are") -> float:

@@ -119,6 +119,8 @@ class Hessian:
             with torch.enable_grad():
                 loss = objective._evaluate(batch)
                 found = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+                if self.products == 1:
+                    _check_graph(found)
                 # A gradient without a graph is constant: the loss is linear in that parameter.
                 curved = [
                     (g, v) for g, v in zip(found, vectors, strict=True) if g is not None and g.requires_grad
@@ -129,12 +131,8 @@ class Hessian:
                 try:
                     products = torch.autograd.grad(grads, params, grad_outputs=along, allow_unused=True)
                 except RuntimeError as error:
-                    if "not implemented" in str(error) or "once_differentiable" in str(error):
-                        raise RuntimeError(
-                            f"sharpness: an operator of the model cannot be differentiated twice ({error}); "
-                            "take products by 'difference', or for attention evaluate under "
-                            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-                        ) from error
+                    if "not implemented" in str(error):
+                        raise _not_twice(str(error)) from error
                     raise
             for s, product in zip(sums, products, strict=True):
                 if product is not None:
@@ -172,6 +170,33 @@ class Hessian:
             with torch.no_grad():
                 for moved, snapshots in kept:
                     ops.restore_(moved, snapshots)
+
+
+def _not_twice(reason: str) -> RuntimeError:
+    return RuntimeError(
+        f"sharpness: an operator of the model cannot be differentiated twice ({reason}); take products by "
+        "'difference', or for attention evaluate under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+    )
+
+
+def _check_graph(grads: Sequence[Tensor | None]) -> None:
+    """Look for operators that say they cannot be differentiated twice.
+
+    Theirs is a node "Error" without a way to the weights, which differentiating would pass by in silence.
+
+    Raises:
+        RuntimeError: if there is one.
+    """
+    seen: set[Any] = set()
+    left = [g.grad_fn for g in grads if g is not None and g.grad_fn is not None]
+    while left:
+        node = left.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name().rpartition("::")[2] == "Error":
+            raise _not_twice("its backward is marked as once_differentiable")
+        left += [following for following, _ in node.next_functions if following is not None]
 
 
 def flattened(tensors: Sequence[Tensor]) -> Tensor:

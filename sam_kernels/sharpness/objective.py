@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import rng
+from ..interrupts import deferred
+from .ball import check_count
 
 Forward = Callable[[nn.Module, Any], Sequence[Any]]
 
 
 def pairs(model: nn.Module, batch: Any) -> tuple[Any, ...]:
     """``(model(inputs), targets)`` of a batch ``(inputs, targets)``: what loss_fn takes."""
+    return model(batch[0]), batch[1]
+
+
+def _check_pair(batch: Any) -> None:
     if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) != 2:
         size = f" of {len(batch)}" if isinstance(batch, Sequence) else ""
         raise TypeError(
@@ -23,7 +29,6 @@ def pairs(model: nn.Module, batch: Any) -> tuple[Any, ...]:
             "others give forward=, a function of (model, batch) that returns the arguments of loss_fn, e.g. "
             "lambda model, batch: (model(**batch).logits, batch['labels'])"
         )
-    return model(batch[0]), batch[1]
 
 
 class Objective:
@@ -77,16 +82,20 @@ class Objective:
             )
         if isinstance(batches, Tensor):
             raise TypeError("sharpness: batches is a tensor; expected a loader, or a list of batches")
-        if samples is not None and samples < 1:
-            raise ValueError(f"sharpness: samples is {samples!r}; expected at least 1, or None for all")
+        if samples is not None:
+            check_count("samples", samples)
         self.model, self.loss_fn, self.forward = model, loss_fn, forward or pairs
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names, self.params = [name for name, _ in named], [p for _, p in named]
         if not self.params:
             raise ValueError("sharpness: no parameter of the model requires a gradient, so there is no w")
-        self.batches, self.sizes = _taken(batches, samples)
+        with _undrawn(batches, {p.device for p in self.params}):
+            self.batches, self.sizes = _taken(batches, samples)
         if not self.batches:
             raise ValueError("sharpness: the loader has no batches; expected at least one")
+        if forward is None:
+            for batch in self.batches:
+                _check_pair(batch)
 
     @property
     def count(self) -> int:
@@ -97,8 +106,7 @@ class Objective:
         """The same samples in groups of m, the last may be smaller; one group of all for None."""
         if m is None:
             return [self]
-        if isinstance(m, bool) or not isinstance(m, int) or m < 1:
-            raise ValueError(f"sharpness: m is {m!r}; expected a whole number of samples, or None for all")
+        check_count("m", m)
         pieces: list[list[Any]] = [[]]
         filled = 0
         for batch, size in zip(self.batches, self.sizes, strict=True):
@@ -122,33 +130,43 @@ class Objective:
         """Evaluation mode inside; at the end the model is what it was, bit for bit, also after a ctrl-C.
 
         That is: parameters, buffers, gradients, the training flag of every module, and the states of
-        torch's random generators. Weights may be moved inside. Costs a copy of parameters and buffers; the
-        copies of `params` are given, to move from and come back to, and never to be changed.
+        torch's random generators. Casts that autocast has kept of weights are dropped. Weights may be moved
+        inside. Costs a copy of parameters and buffers; the copies of `params` are given, to move from and
+        come back to, and never to be changed.
+
+        Raises:
+            RuntimeError: inside ``torch.inference_mode()``.
         """
-        tensors = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
-        copies = {key: t.detach().clone() for key, t in tensors.items()}
-        places = [
-            (module, name, buffer)
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "sharpness: inside torch.inference_mode() there are no gradients, and weights that were moved "
+                "could not be put back; leave it for the measurement"
+            )
+        params = {id(p): p for p in self.model.parameters()}
+        kept = {key: p.detach().clone() for key, p in params.items()}
+        buffers = [
+            (module, name, buffer, None if buffer is None else buffer.detach().clone())
             for module in self.model.modules()
             for name, buffer in module._buffers.items()
         ]
-        grads = [(p, p.grad) for p in self.model.parameters()]
+        grads = [(p, p.grad) for p in params.values()]
         flags = [(module, module.training) for module in self.model.modules()]
-        state = rng.get_state({t.device for t in tensors.values()})
+        state = rng.get_state({p.device for p in params.values()})
         try:
             self.model.eval()
-            yield [copies[id(p)] for p in self.params]
+            yield [kept[id(p)] for p in self.params]
         finally:
-            with torch.no_grad():
-                for module, name, buffer in places:
-                    module._buffers[name] = buffer  # a module of your own may have bound a new tensor
-                for key, tensor in tensors.items():
-                    tensor.copy_(copies[key])
-            for p, grad in grads:
-                p.grad = grad
-            for module, flag in flags:
-                module.training = flag
-            rng.set_state(state)
+            # A second ctrl-C waits, and what cannot be put back keeps nothing else from it.
+            with deferred(), torch.no_grad(), ExitStack() as last:
+                last.callback(rng.set_state, state)
+                last.callback(torch.clear_autocast_cache)  # casts of weights that were elsewhere
+                for p, grad in grads:
+                    last.callback(setattr, p, "grad", grad)
+                for key, p in params.items():
+                    last.callback(p.copy_, kept[key])
+                for place in buffers:
+                    last.callback(_put_back, *place)
+                last.callback(_set_flags, flags)  # first: a module may move its weights when its mode changes
 
     def loss(self) -> float:
         """L at the present weights; call it inside `held`."""
@@ -183,6 +201,37 @@ class Objective:
                 f"sharpness: loss_fn returned {found}; expected a scalar tensor, the mean loss of the batch"
             )
         return loss.reshape(())
+
+
+def _put_back(module: nn.Module, name: str, buffer: Tensor | None, before: Tensor | None) -> None:
+    module._buffers[name] = buffer  # a module of your own may have bound a new tensor
+    # One that did not change may be of a kind that cannot be written, such as an expanded one.
+    if buffer is not None and before is not None and not torch.equal(buffer, before):
+        buffer.copy_(before)
+
+
+def _set_flags(flags: list[tuple[nn.Module, bool]]) -> None:
+    """The training flags as they were, by `train` where one changes, for modules that do more then."""
+    for module, flag in flags:
+        if module.training != flag:
+            module.train(flag)
+    for module, flag in flags:
+        module.training = flag
+
+
+@contextmanager
+def _undrawn(batches: Any, devices: set[torch.device]) -> Iterator[None]:
+    """Whatever a loader draws inside, torch's generators and its own are afterwards as they were."""
+    owners = (batches, getattr(batches, "sampler", None))
+    own = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners)}
+    generators = [(g, g.get_state()) for g in own.values() if isinstance(g, torch.Generator)]
+    state = rng.get_state(devices)
+    try:
+        yield
+    finally:
+        rng.set_state(state)
+        for generator, before in generators:
+            generator.set_state(before)
 
 
 def _taken(batches: Iterable[Any], samples: int | None) -> tuple[list[Any], list[int]]:

@@ -216,6 +216,11 @@ def report(
         check_rho(size)
     objective = Objective(model, loss_fn, loader, forward=forward, samples=samples)
     data = objective.batches
+    # Whatever is wrong with these is to be known before the rest is measured.
+    held_out = None if test is None else Objective(model, loss_fn, test, forward=forward, samples=samples)
+    size = sum(p.numel() for p in objective.params)
+    if eigenvalues > size:
+        raise ValueError(f"sharpness: eigenvalues is {eigenvalues!r}; expected at most {size}, the weights")
     moved: dict[str, Any] = {"forward": forward, "backend": backend}
     whole = {**moved, "samples": None}
     random = {**moved, "draws": draws, "seed": seed, "antithetic": True}
@@ -240,7 +245,8 @@ def report(
         return {"trace": curvature.trace(model, loss_fn, data, **options)}
 
     def gap(loss_fn: Callable[..., Tensor]) -> dict[str, float]:
-        found = generalization_gap(model, loss_fn, data, test or [], forward=forward, samples=samples)
+        other = [] if held_out is None else held_out.batches
+        found = generalization_gap(model, loss_fn, data, other, forward=forward)
         return {"loss_gap": found.loss} | ({} if found.accuracy is None else {"accuracy_gap": found.accuracy})
 
     def alone(name: str, measure: Callable[..., Estimate], **options: Any) -> _Step:
@@ -252,14 +258,14 @@ def report(
         "one step, adaptive": alone("one_step_adaptive", one_step, adaptive=True, **whole),
         "one step, p = inf": alone("one_step_inf", one_step, p=math.inf, **whole),
         "m-sharpness": alone("m_sharpness", m_sharpness, m=m, **whole),
-        "projected ascent": alone("projected_ascent", projected_ascent, seed=seed, **moved),
+        "projected ascent": alone("projected_ascent", projected_ascent, seed=seed, **whole),
         "worst case": alone("worst_case", worst_case, seed=seed, **whole),
         "average case": alone("average_case", average_case, **random),
         "random direction": alone("random_direction", random_direction, **random),
     }
     if eigenvalues:
         steps |= {"eigenvalues": spectrum, "trace": trace}
-    if test is not None:
+    if held_out is not None:
         steps["gap"] = gap
     rows: dict[str, Row] = {}
     with shown(progress, "{task.description:<18}", "{task.fields[batches]} batches") as bar:
