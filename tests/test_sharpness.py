@@ -877,8 +877,8 @@ def test_casts_of_moved_weights_do_not_outlive_the_measurement():
 def test_a_buffer_that_cannot_be_written_keeps_nothing_else_from_being_put_back():
     model = nn.Linear(6, 4)
     model.register_buffer("mask", torch.ones(1, 1).expand(4, 6))
-    before = state(model)
     data = [(torch.randn(5, 6), torch.randint(4, (5,)))]
+    before = state(model)
     assert sharpness.one_step(model, cross_entropy, data) > 0
     assert state(model) == before and model.training
 
@@ -920,10 +920,15 @@ def test_modules_that_merge_weights_in_evaluation_are_left_as_they_were():
                 self.merged = not mode
             return self
 
-    model = nn.Sequential(Merging(6, 4))
+    model, data = nn.Sequential(Merging(6, 4)), [(torch.randn(5, 6), torch.randint(4, (5,)))]
+    merged = nn.Linear(6, 4)
+    with torch.no_grad():
+        merged.weight.copy_(model[0].weight + 0.37)
+        merged.bias.copy_(model[0].bias)
     before = state(model)
-    assert sharpness.one_step(model, cross_entropy, [(torch.randn(5, 6), torch.randint(4, (5,)))]) > 0
+    found = sharpness.one_step(model, cross_entropy, data)
     assert state(model) == before and not model[0].merged
+    assert found == sharpness.one_step(merged, cross_entropy, data)
 
 
 def test_inference_mode_is_refused_in_words():
@@ -955,9 +960,8 @@ def test_every_row_of_the_report_is_of_the_same_samples():
         model, cross_entropy, [(x, y)], samples=500, eigenvalues=0, draws=2, progress=False
     )
     alone = sharpness.projected_ascent(model, cross_entropy, [(x[:500], y[:500])], 0.1, samples=None)
-    assert (
-        found["projected_ascent"] == alone != sharpness.projected_ascent(model, cross_entropy, [(x, y)], 0.1)
-    )
+    of_fewer = sharpness.projected_ascent(model, cross_entropy, [(x, y)], 0.1)
+    assert found["projected_ascent"] == alone != of_fewer
 
 
 def test_numbers_of_numpy_are_numbers_and_halves_of_samples_are_none():

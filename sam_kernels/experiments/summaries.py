@@ -10,8 +10,8 @@ from . import pictures, tables
 from .experiment import Row, Table
 from .verdicts import missing, usable
 
-Columns = Mapping[str, tuple[str, int]]
-"""Heading of a column: the number's name, and the digits behind its point."""
+Columns = Mapping[str, tuple[tables.Metric, int]]
+"""Heading of a column: the number's name or a function of the row, and the digits behind its point."""
 
 
 def scores(

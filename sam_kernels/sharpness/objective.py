@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -106,7 +107,8 @@ class Objective:
         """The same samples in groups of m, the last may be smaller; one group of all for None."""
         if m is None:
             return [self]
-        check_count("m", m)
+        if isinstance(m, bool) or not isinstance(m, Integral) or m < 1:
+            raise ValueError(f"sharpness: m is {m!r}; expected a whole number of samples, or None for all")
         pieces: list[list[Any]] = [[]]
         filled = 0
         for batch, size in zip(self.batches, self.sizes, strict=True):
@@ -139,8 +141,8 @@ class Objective:
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
-                "sharpness: inside torch.inference_mode() there are no gradients, and weights that were moved "
-                "could not be put back; leave it for the measurement"
+                "sharpness: inside torch.inference_mode() there are no gradients, and weights that moved could "
+                "not be put back; leave it for the measurement"
             )
         params = {id(p): p for p in self.model.parameters()}
         kept = {key: p.detach().clone() for key, p in params.items()}
@@ -153,8 +155,12 @@ class Objective:
         flags = [(module, module.training) for module in self.model.modules()]
         state = rng.get_state({p.device for p in params.values()})
         try:
+            counts = [p._version for p in self.params]
             self.model.eval()
-            yield [kept[id(p)] for p in self.params]
+            yield [
+                kept[id(p)] if p._version == count else p.detach().clone()  # adapters are merged there, say
+                for p, count in zip(self.params, counts, strict=True)
+            ]
         finally:
             # A second ctrl-C waits, and what cannot be put back keeps nothing else from it.
             with deferred(), torch.no_grad(), ExitStack() as last:

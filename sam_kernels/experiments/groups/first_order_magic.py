@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..choices import compare
 from ..data import Split, cifar, digits
 from ..experiment import Claim, Experiment, Findings, Row, Settings, Trial
 from ..models import wide_resnet
-from ..summaries import differences, scores
+from ..summaries import Columns, differences, scores
 from ..training import train
 from ..verdicts import RULE, judge, together, usable
 
@@ -40,17 +40,26 @@ RECIPES: dict[str, tuple[str | None, dict[str, Any]]] = {
     **{f"rand_sam, rho={rho:g}": ("rand_sam", {"rho": rho}) for rho in RADII},
 }
 RAND = f"rand_sam, rho={RADIUS:g}"
-COLUMNS = {
+COLUMNS: Columns = {
     "test accuracy, %": ("test_accuracy", 2),
     "test loss": ("test_loss", 4),
     "training loss": ("train_loss", 4),
     "gap of the losses": ("gap", 4),
     "gap of the accuracies, %": ("accuracy_gap", 2),
 }
-SHARPNESS = {
-    "one step": ("one_step", 4),
-    "projected ascent": ("projected_ascent", 4),
-    "random directions": ("random_direction", 5),
+
+
+def _scaled(name: str, factor: float) -> Callable[[Row], float]:
+    """A number in smaller units, for the tables."""
+    return lambda row: factor * tables.value_of(row, name)
+
+
+NAMES = ("test_accuracy", "test_loss", "train_loss", "gap", "accuracy_gap")
+FIGURES = ("one_step", "projected_ascent", "random_direction")
+SHARPNESS: Columns = {
+    "one step, 1e-3": (_scaled("one_step", 1e3), 2),
+    "projected ascent, 1e-3": (_scaled("projected_ascent", 1e3), 2),
+    "random directions, 1e-6": (_scaled("random_direction", 1e6), 2),
 }
 
 
@@ -103,7 +112,7 @@ def _sharpness(model: nn.Module, split: Split, seed: int) -> dict[str, float]:
     """Three figures at one radius, on 256 training samples in groups of 128, in evaluation mode."""
     loader = list(zip(split.x[:256].split(128), split.y[:256].split(128), strict=True))
     loss = F.cross_entropy
-    mean = sharpness.random_direction(model, loss, loader, MEASURED, draws=20, seed=seed)
+    mean = sharpness.random_direction(model, loss, loader, MEASURED, draws=20, seed=seed, antithetic=True)
     return {
         "one_step": float(sharpness.one_step(model, loss, loader, MEASURED, m=128)),
         "projected_ascent": float(
@@ -136,16 +145,13 @@ def findings(rows: Sequence[Row]) -> Findings:
                 arms,
                 SHARPNESS,
                 note="A step along the gradient, 20 steps of projected ascent, and the mean of 20 random "
-                "directions.",
+                "directions with their opposites.",
             ),
             differences("Differences of runs with the same seed", rows, pairs, {**some, **SHARPNESS}),
         ],
         claims=_claims(good),
         draw=partial(_draw, good),
-        numbers={
-            arm: {name: tables.values(good, name, arm) for name, _ in {**COLUMNS, **SHARPNESS}.values()}
-            for arm in arms
-        },
+        numbers={arm: {name: tables.values(good, name, arm) for name in (*NAMES, *FIGURES)} for arm in arms},
     )
 
 
@@ -202,7 +208,12 @@ def _draw(good: list[Row], path: Path) -> None:
     ):
         values = {arm: tables.values(good, name, arm) for arm in shown}
         pictures.bars_with_dots(
-            place, values, title, from_zero=name != "test_accuracy", across=True, digits=4
+            place,
+            values,
+            title,
+            from_zero=name != "test_accuracy",
+            across=True,
+            digits=3 + (name == "test_accuracy"),
         )
     pictures.save(figure, path, "Dots are seeds. Ball of radius 0.1 for the sharpness.")
 
@@ -228,8 +239,8 @@ EXPERIMENT = Experiment(
     SAM takes twice the gradients of SGD, n steps n + 1 times; "SGD, twice the epochs" is there to compare
     at equal gradients. The document's standardized sharpness is not known to us either: reported are a
     single step along the gradient, 20 projected ascent steps of 0.1 rho, and the mean over 20 random
-    directions, for one radius {MEASURED:g}, on 256 training samples (ascents in groups of 128), batch
-    norm in evaluation mode.
+    directions and their opposites, for one radius {MEASURED:g}, on 256 training samples (ascents in
+    groups of 128), batch norm in evaluation mode.
 
     "Sharper" agrees if both ascents say so; "comparable" agrees within {MARGIN:g} percentage points.
     {RULE}
