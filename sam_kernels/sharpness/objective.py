@@ -141,8 +141,8 @@ class Objective:
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
-                "sharpness: inside torch.inference_mode() there are no gradients, and weights that moved could "
-                "not be put back; leave it for the measurement"
+                "sharpness: inside torch.inference_mode() there are no gradients, and weights that moved "
+                "could not be put back; leave it for the measurement"
             )
         params = {id(p): p for p in self.model.parameters()}
         kept = {key: p.detach().clone() for key, p in params.items()}
