@@ -97,6 +97,21 @@ def test_arms_of_a_seed_share_first_weights_and_batches():
         assert all(torch.equal(a, b) for a, b in zip(batches, seen[0], strict=True))
 
 
+def test_masks_are_scored_on_samples_of_their_own_and_leave_the_batches_of_the_pair(monkeypatch):
+    seen = []
+    step = training._Run.step
+    monkeypatch.setattr(
+        training._Run,
+        "step",
+        lambda self, current, upcoming: (seen[-1].append(current.clone()), step(self, current, upcoming))[1],
+    )
+    for recipe, values in ((None, None), ("ssam_f", {"every": 2})):
+        seen.append([])
+        train(small, problem(), recipe, recipe_kwargs=values, base_kwargs=BASE, epochs=3, batch=8, seed=5)
+    assert len(seen[0]) == len(seen[1]) == 18
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
 def test_random_state_and_threads_are_as_before():
     torch.manual_seed(11)
     expected, threads = torch.rand(3), torch.get_num_threads()
@@ -236,6 +251,36 @@ def test_masks_are_updated_when_they_are_due():
     )  # fmt: skip
     # Twice 48 single samples, the whole training set, beside two gradients in each of 12 steps.
     assert found.gradients == 24 + 2 * 48 / 8
+
+
+def test_the_weight_that_a_rule_moves_is_kept_and_only_where_there_is_one():
+    norms, weight, weights_ = [], 0.5, []
+    # SAMAR by hand: rho 0 makes it the plain gradient, whose norms decide lambda.
+    split, base = problem(), {"lr": 0.1}
+    torch.manual_seed(3)
+    model = small()
+    generator = torch.Generator().manual_seed(3)
+    for chosen in torch.randperm(48, generator=generator).split(8):
+        loss = F.cross_entropy(model(split.x[chosen]), split.y[chosen])
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        norms.append(torch.cat([g.flatten() for g in grads]).norm().item())
+        if len(norms) > 1:
+            weight *= 1.2 if norms[-1] > norms[-2] else 0.7
+        weights_.append(weight)
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), grads, strict=True):
+                p -= 0.1 * g
+    values = {"rho": 0.0, "up": 1.2, "down": 0.7}
+    found = train(
+        small, split, "samar", recipe_kwargs=values, base_kwargs=base, epochs=1, batch=8, seed=3,
+        schedule="constant",
+    )  # fmt: skip
+    row = found.row()
+    assert row["lambda_mean"] == pytest.approx(sum(weights_) / 6, rel=1e-5)
+    assert row["lambda_last"] == pytest.approx(weight, rel=1e-5)
+    assert len(set(weights_)) > 3
+    plain = train(small, split, "sam", base_kwargs=base, epochs=1, batch=8).row()
+    assert "lambda_mean" not in plain and "lambda_last" not in plain
 
 
 def test_statistics_of_batch_norm_are_those_of_the_first_pass():
@@ -462,7 +507,7 @@ def samar_numbers(sign, noise):
         if trial.options["what"] == "slope":
             at = [{"K": k, "mean_squared": k ** (-0.5 * sign)} for k in (100, 1000)]
             return {"slope": -0.5 * sign, "at": at}
-        return scores_of(trial, 0.5, 0.1, 90 + sign * (trial.arm == "samar"), noise)
+        return scores_of(trial, 0.5, 0.1, 90 + sign * trial.arm.startswith("samar"), noise)
 
     return numbers
 
@@ -533,3 +578,37 @@ def test_trials_are_the_same_for_the_same_settings_and_apart_for_others(name, tm
     trained = {trial.key for trial in experiment.trials(Settings()) if "data" in trial.options}
     for other in (Settings(quick=True), Settings(data=tmp_path)):
         assert not trained & {trial.key for trial in experiment.trials(other)}
+
+
+def test_the_two_readings_of_samar_differ_in_what_one_step_up_and_one_down_leave(monkeypatch):
+    from sam_kernels.experiments.groups import samar
+
+    given = []
+
+    def pretend(build, split, recipe, *, recipe_kwargs, **_):
+        given.append((recipe, recipe_kwargs))
+        return training.Trained(torch.nn.Identity())
+
+    monkeypatch.setattr(samar, "train", pretend)
+    monkeypatch.setattr(samar, "_setting", lambda *_: (None, None))
+    scored = {"last_train_accuracy": 1.0, "last_test_accuracy": 1.0}
+    monkeypatch.setattr(training.Trained, "row", lambda self: dict(scored))
+    trials = [t for t in samar.trials(Settings()) if t.arm in samar.SAMAR and t.options["what"] == "train"]
+    options = {arm: [(t.seed, t.options) for t in trials if t.arm == arm] for arm in samar.SAMAR}
+    assert options["samar"] == options[samar.BALANCED], "the same seeds and settings"
+    for arm in samar.SAMAR:
+        samar.run(next(t for t in trials if t.arm == arm), None)
+    made = [recipes.get(recipe, **values).combine for recipe, values in given]
+    assert made[0].up * made[0].down == pytest.approx(0.99)
+    assert made[1].up * made[1].down == pytest.approx(1.0)
+
+
+def test_rows_of_samar_without_lambda_are_shown_beside_those_with_it():
+    rows = rows_of("samar", samar_numbers(1, 0.01))
+    for row in rows:
+        if row["arm"] == "samar, down=1/1.1" and row["options"]["what"] == "train":
+            row["numbers"] |= {"lambda_mean": 0.4, "lambda_last": 0.3}
+    table = registry.get("samar").findings(rows).tables[0]
+    cells = {line[0]: list(line[-2:]) for line in table.rows}
+    assert cells["SAMAR, down=1/1.1"] == ["0.400 ± 0.000", "0.300 ± 0.000"]
+    assert cells["SAMAR"] == cells["SAM"] == ["–", "–"]

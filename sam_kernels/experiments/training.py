@@ -31,6 +31,7 @@ BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
 CURVES = ("gradients", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
 LAST = 10  # epochs of the mean accuracies
 FISHER_SAMPLES = 128  # single samples that score the weights of `ssam_f`; its authors take 1024
+MASKS = 1 << 32  # what the seed of those samples is beyond that of the batches
 SHARE = {"k_sam": 0.5}  # of the samples of a batch, where a method must choose some
 
 
@@ -70,6 +71,8 @@ class Trained:
         seconds: training alone, without scores.
         step_ms: median time of a step.
         diverged: whether a loss was not finite, which ended the training.
+        lambda_mean, lambda_last: of the weight that a rule such as SAMAR's moves, mean over the steps of what
+            it came to, and at the end; nan for recipes without.
     """
 
     model: nn.Module
@@ -82,6 +85,8 @@ class Trained:
     seconds: float = 0.0
     step_ms: float = math.nan
     diverged: bool = False
+    lambda_mean: float = math.nan
+    lambda_last: float = math.nan
 
     def mean_of_last(self, name: str) -> float:
         """Mean of a curve over the last ten epochs, or as many as there are."""
@@ -111,6 +116,8 @@ class Trained:
             "seconds_per_epoch": self.seconds / self.epochs if self.epochs else math.nan,
             "step_ms": self.step_ms,
         }
+        if not math.isnan(self.lambda_last):
+            numbers |= {"lambda_mean": self.lambda_mean, "lambda_last": self.lambda_last}
         finite = {name: _finite(value) for name, value in numbers.items()}
         return {**finite, "diverged": self.diverged, "curves": self.curves}
 
@@ -267,6 +274,9 @@ class _Run:
         if m is not None and not (isinstance(opt, SAM) and 1 <= m <= batch):
             raise ValueError(f"train: m is {m!r}; expected 1 to {batch} samples of a batch, and a recipe")
         self.generator = torch.Generator().manual_seed(seed)
+        # What masks are scored on must not move the batches, which a pair shares.
+        self.singles = torch.Generator().manual_seed(MASKS + seed)
+        self.lambdas: list[float] = []
         self.per_epoch = len(split.x) // batch
         self.samples = 0  # differentiated so far
 
@@ -293,6 +303,7 @@ class _Run:
             start = time.perf_counter()
             loss = self.step(current, upcoming)
             times.append(time.perf_counter() - start)
+            self._read_lambda()
             current = upcoming
             found.steps += 1
             found.diverged = not math.isfinite(loss)
@@ -306,7 +317,13 @@ class _Run:
             raise ValueError(f"train: a budget of {gradients} gradients is less than one step of {self.name}")
         if not self.curves:
             self._score(found)
+        if self.lambdas:
+            found.lambda_mean, found.lambda_last = statistics.fmean(self.lambdas), self.lambdas[-1]
         return found
+
+    def _read_lambda(self) -> None:
+        if isinstance(self.opt, SAM) and "lambda" in self.opt._slots.scalars:
+            self.lambdas.append(float(self.opt._slots.scalars["lambda"]))
 
     def _note(self, found: Trained, times: list[float]) -> None:
         found.epochs += 1
@@ -355,7 +372,7 @@ class _Run:
             return float(opt.step(self._closure(x, y, clears=True)))  # type: ignore[arg-type]
         if self._updates_masks():
             count = min(FISHER_SAMPLES, len(self.split.x))
-            few = torch.randperm(len(self.split.x), generator=self.generator)[:count]
+            few = torch.randperm(len(self.split.x), generator=self.singles)[:count]
             singles = [(self.split.x[few], self.split.y[few])]
             opt.update_masks(singles, self._losses)
             self.samples += count
