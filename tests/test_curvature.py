@@ -21,7 +21,8 @@ from sam_kernels.sharpness import (
     hessian_vector_product,
     trace,
 )
-from sam_kernels.sharpness.hessian import Hessian, gaussian, rademacher
+from sam_kernels.sharpness.hessian import Hessian
+from sam_kernels.sharpness.vectors import gaussian, rademacher
 
 
 class Toy(nn.Module):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sam_kernels.sharpness import Landscape, Objective, compare, eigenvalues, line, plane
 from sam_kernels.sharpness.directions import directions_of
-from sam_kernels.sharpness.hessian import dot, norm
+from sam_kernels.sharpness.vectors import dot, norm
 
 
 class Bowl(nn.Module):

@@ -310,8 +310,8 @@ def test_parts_of_several_dtypes_move_together_and_draw_numbers_of_their_own():
     with Objective(model, mean, pushes(0)).held() as base:
         (a, b) = Weights([model.a, model.b], base).noise(3, draw=2)
     assert a.dtype == torch.float64 and b.dtype == torch.float32
-    np.testing.assert_allclose(a.numpy(), normal(3, 4, 0, 2), atol=1e-6)
-    np.testing.assert_allclose(b.numpy(), normal(3, 5, 0, 1), atol=1e-6)
+    np.testing.assert_allclose(a.numpy(), normal(3, 2, 0, 2), atol=1e-6)
+    np.testing.assert_allclose(b.numpy(), normal(3, 2, 1, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"p": INF}, {"adaptive": True}], ids=str)
@@ -387,8 +387,6 @@ NAMES = {
     "average_case_inf": ("average_case", {"rho": 0.3, "p": INF, "draws": 2, "m": 4, "antithetic": True}),
     "random_direction": ("random_direction", {"rho": 0.3, "draws": 3}),
 }
-# Noise belongs to places in memory, so in another layout it is other noise.
-DRAWN = ("projected_ascent_again", "worst_case", "average_case", "average_case_inf", "random_direction")
 MEASURES = {
     name: functools.partial(getattr(sharpness, function), **options)
     for name, (function, options) in NAMES.items()
@@ -469,10 +467,14 @@ def test_layouts_in_memory_do_not_matter(name):
 
         return MEASURES[name](model, loss, data, forward=forward)
 
+    def each_loss(model):
+        return torch.stack([model(x) for x in torch.cat([batch[0] for batch in data])]).mean()
+
     found = each(model)
     assert float(found) != 0
-    if name not in DRAWN:
-        assert found == pytest.approx(each(plain), rel=1e-4)
+    # A rise is a difference of float32 losses, here of some hundred terms each.
+    size = float(each_loss(plain))
+    assert found == pytest.approx(each(plain), rel=1e-4, abs=4 * torch.finfo(torch.float32).eps * size)
 
 
 def test_a_tied_weight_moves_once_and_a_frozen_one_stays():

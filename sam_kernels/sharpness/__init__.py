@@ -1,9 +1,10 @@
 """How sharp a minimum is: ascents, averages, curvature, gaps and pictures of the loss around the weights.
 
-    ascent, average, gap -> search, moves -> ball, objective, estimate
-    curvature, landscape -> directions -> spectrum -> hessian -> objective
-    landscape -> drawing
-    report -> all of them
+    ascent, average, gap -> search, moves -> ball     how far the loss rises
+    curvature -> spectrum -> hessian                  how it is curved
+    landscape -> directions, drawing                  how it looks
+    report -> all of them, bar
+    all of them -> objective, estimate, vectors, checks
 
 Every function takes ``(model, loss_fn, loader)``, evaluates in evaluation mode, and leaves weights, buffers,
 gradients, modes and random states as they were, also when interrupted.

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ball import Ball, check_count, check_rho, finite, opmath
+from .ball import Ball, opmath
+from .checks import check_count, check_rho, finite
 from .estimate import Estimate
 from .moves import Weights
 from .objective import Forward, Objective

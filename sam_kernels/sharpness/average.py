@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .ball import Ball, check_count, finite, uniform
+from .ball import Ball, uniform
+from .checks import check_count, finite
 from .estimate import Estimate
 from .moves import Weights
 from .objective import Forward, Objective

@@ -5,34 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-
-def check_rho(rho: float) -> float:
-    """A radius as it is; a sentence where it is none."""
-    if isinstance(rho, bool) or not isinstance(rho, Real) or not 0 <= rho < math.inf:
-        raise ValueError(f"sharpness: rho is {rho!r}; expected a finite number of at least 0")
-    return float(rho)
-
-
-def check_count(name: str, value: int, least: int = 1) -> int:
-    """A whole number as it is; a sentence where it is none, or too small."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"sharpness: {name} is {value!r}; expected a whole number of at least {least}")
-    return int(value)
-
-
-def finite(loss: float, where: str = "at the weights as they are") -> float:
-    """A loss as it is; a sentence where it is infinite or no number."""
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"sharpness: the loss {where} is {loss}; expected a finite number. Look for samples or weights "
-            "that are not finite, and for a radius that is too large"
-        )
-    return loss
+from .checks import check_rho
+from .vectors import norm
 
 
 @dataclass(frozen=True)
@@ -100,7 +78,7 @@ class Ball:
         scales = [self.scale(w) for w in weights]
         if math.isinf(self.p):
             return [x.clamp(-self.rho * t, self.rho * t) for x, t in zip(e, scales, strict=True)]
-        size = length([torch.where(t > 0, x / t, 0.0) for x, t in zip(e, scales, strict=True)])
+        size = norm([torch.where(t > 0, x / t, 0.0) for x, t in zip(e, scales, strict=True)])
         return [x * (self.rho / size) for x in e] if size > self.rho else list(e)
 
     def nearest(self, weights: Sequence[Tensor], e: Sequence[Tensor]) -> list[Tensor]:
@@ -118,13 +96,13 @@ class Ball:
 
         if self.rho == 0:
             return [torch.zeros_like(x) for x in e]
-        low, high = 0.0, length([x * t for x, t in zip(e, scales, strict=True)]) / self.rho
+        low, high = 0.0, norm([x * t for x, t in zip(e, scales, strict=True)]) / self.rho
         found = ratios
-        if length(ratios) > self.rho:
+        if norm(ratios) > self.rho:
             found = shrunk(high)
-            while length(found) < self.rho * (1 - 1e-5) and low < (middle := (low + high) / 2) < high:
+            while norm(found) < self.rho * (1 - 1e-5) and low < (middle := (low + high) / 2) < high:
                 trial = shrunk(middle)
-                if length(trial) > self.rho:
+                if norm(trial) > self.rho:
                     low = middle
                 else:
                     high, found = middle, trial
@@ -135,7 +113,7 @@ class Ball:
         scales = [self.scale(w) for w in weights]
         if math.isinf(self.p):
             return [self.rho * t * uniform(z) for z, t in zip(noise, scales, strict=True)]
-        factor = self.rho / length(noise)
+        factor = self.rho / norm(noise)
         return [factor * t * z for z, t in zip(noise, scales, strict=True)]
 
 
@@ -147,9 +125,3 @@ def opmath(x: Tensor) -> Tensor:
 def uniform(z: Tensor) -> Tensor:
     """``2 Phi(z) - 1``: standard normal numbers become uniform ones from -1 to 1."""
     return torch.erf(z * math.sqrt(0.5))
-
-
-def length(e: Sequence[Tensor]) -> float:
-    """``||e||_2`` over all tensors."""
-    norms = [torch.linalg.vector_norm(x, dtype=torch.float64).to(e[0].device) for x in e]
-    return float(torch.linalg.vector_norm(torch.stack(norms)))

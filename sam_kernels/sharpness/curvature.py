@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .estimate import Estimate
-from .hessian import Hessian, Product, dot, hessian_vector_product, norm, rademacher
+from .hessian import Hessian, Product, hessian_vector_product
 from .objective import Forward, Objective
 from .spectrum import Spectrum, eigenvalues
+from .vectors import dot, norm, rademacher
 
 __all__ = ["Spectrum", "along_gradient", "eigenvalues", "hessian_vector_product", "trace"]
 

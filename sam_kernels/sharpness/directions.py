@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .hessian import Product, dot, gaussian, norm, shaped
+from .hessian import Product, shaped
 from .objective import Objective
 from .spectrum import eigenvalues
+from .vectors import dot, gaussian, norm
 
 Direction = Literal["random", "gradient", "eigenvector"] | Sequence[Tensor]
 Normalize = Literal["filter", "layer", "none"]

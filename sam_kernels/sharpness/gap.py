@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .ball import finite
+from .checks import finite
 from .objective import Forward, Objective
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from .. import ops
 from .bar import shown
 from .directions import Direction, Normalize, directions_of
-from .hessian import Product, alike, by_list, dot, norm
+from .hessian import Product
 from .objective import Forward, Objective
+from .vectors import alike, by_list, dot, norm
 
 _FORMAT = "sam_kernels landscape 1"
 

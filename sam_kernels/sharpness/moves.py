@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from .ball import Ball, opmath
+from .vectors import gaussian
 
 
 class Weights:
@@ -123,15 +124,10 @@ class Weights:
                     p.copy_(w)
 
     def noise(self, seed: int, draw: int) -> list[Tensor]:
-        """Standard normal numbers for each parameter, the same for a seed and draw on any machine.
-
-        They come from a counter (`sam_kernels.ops.noise_`), so torch's generators are not asked.
-        """
-        out = [torch.empty_like(opmath(w)) for w in self.base]
-        for number, (part,) in enumerate(self._by_part(out)):
-            # Parts are numbered by steps of their own, or each would begin with the same numbers.
-            ops.noise_(part, seed, draw * len(self.parts) + number, backend=self.backend)
-        return out
+        """Standard normal numbers for each parameter in the type of `opmath`, the same on any machine."""
+        like = [opmath(w) for w in self.base]
+        # In the layout of the weights, as the passes want it; the numbers go by the place in the shape.
+        return [torch.empty_like(w).copy_(z) for w, z in zip(like, gaussian(like, seed, draw), strict=True)]
 
     def _by_part(self, *lists: Sequence[Tensor]) -> list[tuple[list[Tensor], ...]]:
         return [tuple([each[t].detach() for t in part] for each in lists) for part in self.parts]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import rng
 from ..interrupts import deferred
-from .ball import check_count
+from .checks import check_count
 
 Forward = Callable[[nn.Module, Any], Sequence[Any]]
 

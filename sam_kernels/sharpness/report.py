@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from . import curvature
 from .ascent import m_sharpness, one_step, projected_ascent, worst_case
 from .average import average_case, random_direction
-from .ball import check_count, check_rho, finite
 from .bar import shown
+from .checks import check_count, check_rho, finite
 from .estimate import Estimate
 from .gap import generalization_gap
 from .moves import Weights

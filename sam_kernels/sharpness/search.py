@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ball import Ball, finite, opmath
+from .ball import Ball, opmath
+from .checks import finite
 from .moves import Weights
 from .objective import Objective
 

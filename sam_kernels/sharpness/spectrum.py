@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .hessian import Hessian, Product, flattened, gaussian, shaped, split
+from .hessian import Hessian, Product, shaped
 from .objective import Forward, Objective
+from .vectors import flattened, gaussian, split
 
 Method = Literal["auto", "lanczos", "power", "dense"]
 Which = Literal["largest", "magnitude"]
