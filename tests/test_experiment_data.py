@@ -263,6 +263,17 @@ def test_arrays_come_out_of_pickles_as_they_went_in(tmp_path, protocol):
         assert found[name].dtype == array.dtype and np.array_equal(found[name], array), name
 
 
+def test_the_words_of_python_2_are_bytes_and_name_types_too(tmp_path):
+    array = NUMBERS.integers(0, 256, (2, 3), dtype=np.uint8)
+    raw = array.tobytes()
+    (tmp_path / "batch").write_bytes(
+        b"\x80\x02}U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        b"(K\x01K\x02K\x03\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xff"
+        b"J\xff\xff\xff\xffK\x00tb\x89U\x06" + raw + b"tbs."
+    )
+    assert np.array_equal(pickles.read_pickle(tmp_path / "batch")[b"data"], array)
+
+
 class Given:
     """Pickles as a call of a function, as an array does, with a state for what it returns."""
 
