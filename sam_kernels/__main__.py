@@ -4,6 +4,15 @@ import sys
 
 from .doctor import report
 
+USAGE = """\
+usage: python -m sam_kernels [experiments ...]
+
+  python -m sam_kernels                       the doctor's report: what is installed, and which backend runs
+  python -m sam_kernels experiments           list the experiments and what has been run
+  python -m sam_kernels experiments NAME      run one and report
+  python -m sam_kernels experiments --help    all that can be asked of them
+"""
+
 
 def main(arguments: list[str]) -> int:
     """Run what the first word says; the exit code."""
@@ -11,10 +20,13 @@ def main(arguments: list[str]) -> int:
         from .experiments.command import main as experiments
 
         return experiments(arguments[1:])
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE, end="")
+        return 0
     if arguments:
         print(
             f"python -m sam_kernels: {arguments[0]!r} is not known; expected nothing, for the doctor's "
-            "report, or experiments",
+            "report, experiments, or --help",
             file=sys.stderr,
         )
         return 2

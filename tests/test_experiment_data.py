@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import itertools
 import json
@@ -22,7 +23,7 @@ pytest.importorskip("sklearn", reason="scikit-learn, which has the digits, is no
 
 from sam_kernels import SAM, recipes  # noqa: E402
 from sam_kernels.experiments import data, self_training, training  # noqa: E402
-from sam_kernels.experiments.data import files, shifted, shifts  # noqa: E402
+from sam_kernels.experiments.data import files, pickles, shifted, shifts  # noqa: E402
 from sam_kernels.experiments.experiment import Settings, Trial  # noqa: E402
 from sam_kernels.experiments.groups import cost_benefit, out_of_distribution  # noqa: E402
 from sam_kernels.experiments.groups.cost_benefit import step_times  # noqa: E402
@@ -157,6 +158,31 @@ def test_a_damaged_idx_file_gets_a_sentence(tmp_path):
         files.read_idx(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (bytes([0, 0, 8, 3, 0, 0, 0]), "x has 7 bytes, but the head of an IDX file of 3 dimensions has 16"),
+        (bytes([0, 0, 8, 200]) + bytes(800), "x is no IDX file.*dimensions from 1 to 32"),
+        # 2^32 * 2^32 is 0 in 64 bits, as many as there are.
+        (struct.pack(">BBBB4I", 0, 0, 8, 4, *4 * [1 << 31]), "x has 20 bytes, but an IDX file of shape"),
+        (struct.pack(">BBBB2I", 0, 0, 8, 2, 0, 784), r"shape \(0, 784\), which holds nothing"),
+        (gzip.compress(bytes(100))[:-9], "x is gzipped and damaged.*fetch it again"),
+        (b"\x1f\x8b" + bytes(30), "x is gzipped and damaged"),
+    ],
+)
+def test_every_damage_of_an_idx_file_gets_a_sentence(tmp_path, content, said):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        files.read_idx(tmp_path / "x")
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\n"])
+def test_an_empty_table_gets_a_sentence(tmp_path, content):
+    (tmp_path / "covtype.data").write_bytes(content)
+    with pytest.raises(ValueError, match="covtype.data is empty; expected rows of 55 numbers"):
+        shifted.shift("covertype", tmp_path)
+
+
 def test_idx_values_are_big_endian(tmp_path):
     (tmp_path / "x").write_bytes(struct.pack(">BBBBI2i", 0, 0, 0x0C, 1, 2, 258, -3))
     assert files.read_idx(tmp_path / "x").tolist() == [258, -3]
@@ -206,7 +232,7 @@ def test_a_pickle_cannot_run_anything(tmp_path, protocol):
     path = tmp_path / "batch"
     path.write_bytes(pickle.dumps({b"data": Evil(tmp_path / "made")}, protocol=protocol))
     with pytest.raises(pickle.UnpicklingError, match="mkdir.*only numpy arrays"):
-        files.read_pickle(path)
+        pickles.read_pickle(path)
     assert not (tmp_path / "made").exists()
 
 
@@ -214,10 +240,123 @@ def test_what_is_no_pickle_of_a_dict_gets_a_sentence(tmp_path):
     path = tmp_path / "batch"
     path.write_bytes(b"<html>")
     with pytest.raises(pickle.UnpicklingError, match="batch cannot be read"):
-        files.read_pickle(path)
+        pickles.read_pickle(path)
     path.write_bytes(pickle.dumps([1]))
     with pytest.raises(pickle.UnpicklingError, match="holds list; expected a dict"):
-        files.read_pickle(path)
+        pickles.read_pickle(path)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_arrays_come_out_of_pickles_as_they_went_in(tmp_path, protocol):
+    arrays = {
+        "bytes": NUMBERS.integers(0, 256, (3, 5), dtype=np.uint8),
+        "signed": NUMBERS.integers(-99, 99, (2, 3, 2), dtype=np.int8),
+        "turned": np.asfortranarray(NUMBERS.integers(0, 256, (4, 3), dtype=np.uint8)),
+        "long": NUMBERS.integers(-(1 << 60), 1 << 60, 7),
+        "other end": NUMBERS.integers(0, 1 << 60, 3).astype(">i8"),
+    }
+    path = tmp_path / "batch"
+    path.write_bytes(pickle.dumps({**arrays, "labels": [1, 2]}, protocol=protocol))
+    found = pickles.read_pickle(path)
+    assert found.pop("labels") == [1, 2]
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype and np.array_equal(found[name], array), name
+
+
+def test_the_words_of_python_2_are_bytes_and_name_types_too(tmp_path):
+    array = NUMBERS.integers(0, 256, (2, 3), dtype=np.uint8)
+    raw = array.tobytes()
+    (tmp_path / "batch").write_bytes(
+        b"\x80\x02}U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        b"(K\x01K\x02K\x03\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xff"
+        b"J\xff\xff\xff\xffK\x00tb\x89U\x06" + raw + b"tbs."
+    )
+    assert np.array_equal(pickles.read_pickle(tmp_path / "batch")[b"data"], array)
+
+
+class Given:
+    """Pickles as a call of a function, as an array does, with a state for what it returns."""
+
+    def __init__(self, *reduced) -> None:
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def array_of(kind: str, state: object, shape: object, data: object) -> Given:
+    dtype = Given(np.dtype, (kind, False, True), state)
+    reconstruct = np.zeros(1, np.uint8).__reduce__()[0]
+    return Given(reconstruct, (np.ndarray, (0,), b"b"), (1, shape, dtype, False, data))
+
+
+PLAIN = (3, "|", None, None, None, -1, -1, 0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        array_of("u1", PLAIN, (1 << 20,), b"abcd"),  # numpy would read what lies behind them
+        array_of("u1", PLAIN, (-4,), b"abcd"),
+        array_of("u1", PLAIN, (1 << 62, 1 << 62, 1 << 62), b"abcd"),
+        array_of("u1", PLAIN, (4,), ["abcd"]),
+        array_of("O8", PLAIN, (1,), b"abcdefgh"),  # addresses of objects
+        array_of("u1", (3, "|", None, ("x",), {"x": 1}, 8, 1, 0), (4,), b"abcd"),
+        array_of("V8", (3, "|", (np.dtype("O"), (1,)), None, None, 8, 1, 0), (1,), b"abcdefgh"),
+        array_of("i8", PLAIN, (1,), b"abcdefgh"),
+        Given(np.dtype, ("u1",), {"names": ()}),
+        Given(codecs.encode, ("abc", "rot13")),
+        {(1, 2): 3},
+        np.zeros(3, np.float64),
+    ],
+)
+def test_arrays_that_do_not_fit_their_bytes_are_not_made(tmp_path, content):
+    path = tmp_path / "batch"
+    path.write_bytes(pickle.dumps({b"data": content}, protocol=2))
+    with pytest.raises(pickle.UnpicklingError, match="batch cannot be read; expected a pickle of a dict"):
+        pickles.read_pickle(path)
+
+
+def test_flipped_bytes_of_a_pickle_end_in_a_sentence_or_in_sound_arrays(tmp_path):
+    write_cifar(tmp_path / "cifar-100-python", ["train", "test"], b"fine_labels")
+    path = tmp_path / "cifar-100-python" / "train"
+    whole = path.read_bytes()
+    head = whole.index(b"latin1") if b"latin1" in whole else 200
+    told = 0
+    for trial in range(400):
+        damaged = bytearray(whole)
+        # All of the bytes in the head, where names, types and shapes are, and some in the tail.
+        places = NUMBERS.integers(0, head, 2) if trial % 3 else -NUMBERS.integers(1, 300, 2)
+        damaged[places[0]] = NUMBERS.integers(0, 256)
+        damaged[places[1]] ^= 1 << NUMBERS.integers(0, 8)
+        path.write_bytes(damaged)
+        try:
+            split = data.cifar(tmp_path, 100)
+        except (pickle.UnpicklingError, ValueError) as error:
+            assert str(path) in str(error) and "expected" in str(error) and "\n" not in str(error)
+            told += 1
+        else:
+            assert split.x.shape == (4, 3072) and split.y.min() >= 0 and split.y.max() < 100
+    assert 100 < told < 400
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ({b"data": np.zeros((2, 3072), np.uint8)}, "has no b'fine_labels'"),
+        ({b"data": [1], b"fine_labels": [1]}, "data are no uint8"),
+        ({b"data": np.zeros((2, 3071), np.uint8), b"fine_labels": [1, 2]}, "data are no uint8"),
+        ({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [1, 100]}, "numbers from 0 to 99"),
+        ({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [1, "2"]}, "numbers from 0 to 99"),
+        ({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [1]}, "2 images and 1 labels"),
+        ({b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": []}, "1 images and 0 labels"),
+    ],
+)
+def test_a_batch_of_something_else_gets_a_sentence(tmp_path, batch, said):
+    write_cifar(tmp_path / "cifar-100-python", ["train", "test"], b"fine_labels")
+    (tmp_path / "cifar-100-python" / "train").write_bytes(old_pickle(batch))
+    with pytest.raises(ValueError, match=f"train.*{said}.*expected a batch of CIFAR-100"):
+        data.cifar(tmp_path, 100)
 
 
 def test_torchvision_fetches_where_asked_to_and_nowhere_else(tmp_path, monkeypatch):
@@ -339,6 +478,20 @@ def test_original_sets_take_the_place_of_digits_where_they_are(tmp_path):
     assert cost_benefit.trials(Settings(seeds=1, data=tmp_path))[0].options["original"]
     with pytest.raises(ValueError, match="Known: rotated, brighter$"):
         shifted.shift("covertype")
+
+
+def test_a_set_is_there_where_its_reader_finds_it_and_nowhere_else(tmp_path):
+    write_mnist(tmp_path / "FashionMNIST" / "raw")
+    (tmp_path / "F").mkdir()
+    (tmp_path / "covtype.data.zip").touch()
+    for name in shifted.ORIGINAL:
+        assert not shifted.is_there(name, tmp_path), name
+        with pytest.raises(FileNotFoundError):
+            shifted.shift(name, tmp_path)
+    write_mnist(tmp_path / "MNIST" / "raw")
+    (tmp_path / "M").mkdir()
+    (tmp_path / "covtype.data.gz").touch()
+    assert all(shifted.is_there(name, tmp_path) for name in shifted.ORIGINAL)
 
 
 # ---- self-training ---------------------------------------------------------------------------------

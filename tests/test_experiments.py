@@ -17,7 +17,8 @@ import tiny_experiment
 
 from sam_kernels.__main__ import main as program
 from sam_kernels.experiments import command, documents, pictures, registry, runner, tables
-from sam_kernels.experiments.experiment import Settings, Table, Trial
+from sam_kernels.experiments.data import named
+from sam_kernels.experiments.experiment import Findings, Settings, Table, Trial
 from sam_kernels.experiments.store import Busy, Store, key_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +69,8 @@ def test_without_words_the_doctor_reports(capsys):
         (["experiments", "toys", "--workers", "0"], "--workers is 0; expected at least 1"),
         (["experiments", "toys", "--data", "/nowhere"], "/nowhere, which is no folder"),
         (["experiments", "list", "toys"], "list takes no names"),
-        (["experiments", "report", "toys", "--fresh"], "--fresh goes with run"),
+        (["experiments", "report", "toys", "--fresh"], "--fresh goes with run; report runs nothing"),
+        (["experiments", "resume", "toys", "--fresh"], "--fresh goes with run; resume goes on with"),
         (["experiments", "toys", "--quick", "--docs", "x.md"], "--docs is for full runs"),
     ],
 )
@@ -77,6 +79,13 @@ def test_a_wrong_call_gets_a_sentence(words, said, capsys, tmp_path):
         program([*words, "--out", str(tmp_path)])
     assert ended.value.code == 2
     assert re.search(said, " ".join(capsys.readouterr().err.split()))
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_prints_what_there_is(word, capsys):
+    assert program([word]) == 0
+    out = capsys.readouterr().out
+    assert "doctor's report" in out and "experiments NAME" in out and "experiments --help" in out
 
 
 def test_an_unknown_word_gets_a_sentence(capsys):
@@ -124,13 +133,17 @@ def test_what_is_there_is_not_run_again_and_more_seeds_add_to_it(tiny, tmp_path,
     assert rows(tmp_path)[:TRIALS] == before and len(rows(tmp_path)) == TRIALS + 2
 
 
-def test_fresh_sets_the_old_rows_aside(tiny, tmp_path):
+def test_fresh_sets_the_old_rows_aside_each_time_and_says_where(tiny, tmp_path, capsys):
     assert tiny() == 0
-    before = rows(tmp_path)
-    assert tiny("run", "--fresh") == 0
-    assert len(rows(tmp_path)) == TRIALS and rows(tmp_path) != before
-    kept = (tmp_path / "toys" / "runs.before.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in kept] == before
+    for number in (1, 2):
+        before = rows(tmp_path)
+        assert tiny("run", "--fresh") == 0
+        assert len(rows(tmp_path)) == TRIALS and rows(tmp_path) != before
+        aside = tmp_path / "toys" / f"runs.before.{number}.jsonl"
+        assert [json.loads(line) for line in aside.read_text().splitlines()] == before
+        assert f"the rows of before are in {aside} now" in capsys.readouterr().err
+    first = json.loads((aside.with_name("runs.before.1.jsonl")).read_text().splitlines()[0])
+    assert first["numbers"]["clock"] < before[0]["numbers"]["clock"], "the second is not over the first"
 
 
 def test_quick_rows_are_kept_apart(tiny, tmp_path, capsys):
@@ -216,6 +229,43 @@ def test_rows_of_original_data_are_kept_apart_where_they_are_other_trials(tmp_pa
     assert command.store_of(experiment, asked, tmp_path).folder.name == "toys"
 
 
+def test_who_lacks_its_files_says_so_before_the_first_trial_and_the_others_run(tmp_path, monkeypatch, capsys):
+    def trials(data):
+        return lambda settings: [Trial("sam", 0, {"data": data if settings.data else "digits"})]
+
+    ran = []
+    groups = {
+        name: changed(
+            name=name,
+            trials=trials(data),
+            run=lambda trial, folder: ran.append(trial.options["data"]) or {"accuracy": 1.0},
+        )
+        for name, data in (("toys", "digits"), ("mnist", "mnist"), ("samar", "cifar100"))
+    }
+    monkeypatch.setattr(registry, "get", groups.get)
+    monkeypatch.setattr(documents, "write", lambda *_: [])
+    folder = tmp_path / "sets"
+    (folder / "FashionMNIST").mkdir(parents=True)
+    (folder / "cifar-100-python").mkdir()
+    for name in ("train", "test"):
+        (folder / "cifar-100-python" / name).touch()
+    for name in named.MNIST_FILES:
+        (folder / "FashionMNIST" / name).touch()
+    words = ["samar", "mnist", "toys", "--data", str(folder), "--out", str(tmp_path), "--workers", "1"]
+    assert command.main(words) == 1
+    said = capsys.readouterr().err
+    assert ran == ["cifar100", "digits"]
+    lack = said.index("mnist cannot run: MNIST is not there. Looked for train-images")
+    fallback = said.index(f"toys: {folder} has nothing for it; it runs as without --data")
+    assert max(lack, fallback) < said.index("1 trials to run")
+    assert said.splitlines()[-1].startswith("mnist cannot run: MNIST is not there.")
+    # Trials that are there need no files any more.
+    for path in (folder / "cifar-100-python").iterdir():
+        path.unlink()
+    assert command.main(["samar", *words[3:]]) == 0
+    assert command.main(["samar", "--fresh", *words[3:]]) == 1
+
+
 # ---- killed and interrupted ------------------------------------------------------------------------
 
 
@@ -223,7 +273,7 @@ def started(folder: Path, *words: str) -> subprocess.Popen:
     """The program with trials of seed 1 and 2 that take a minute, two at a time, as a terminal starts it."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "tiny_experiment.py"), *words, "toys", "--out", str(folder)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TINY_SLEEP": "60", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TINY_SLEEP": "60", "OMP_NUM_THREADS": "2"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -274,6 +324,7 @@ def test_ctrl_c_and_kill_keep_what_has_finished_and_leave_no_process(tmp_path, m
             [("sam", 0), ("sgd", 0)],
         )
         for row in found:
+            assert row["machine"]["threads"] == 1, "those of the worker; the program has two"
             until(lambda process=row["numbers"]["process"]: not is_running(process), 20)
         # And both go on from there, in this process.
         monkeypatch.setattr(registry, "get", lambda name: tiny_experiment.EXPERIMENT)
@@ -332,6 +383,87 @@ def test_a_report_needs_rows_only_and_goes_into_a_page(monkeypatch, tmp_path, ca
     assert copied == (folder / "runs.jsonl").read_bytes() and (page.parent / "page" / "toys.png").exists()
     assert command.main(["report", "toys", *out, "--docs", str(page)]) == 0
     assert page.read_text() == text, "a second time changes nothing"
+
+
+def changed(**parts):
+    """The tiny experiment with other parts."""
+    return type(tiny_experiment.EXPERIMENT)(**{**vars(tiny_experiment.EXPERIMENT), **parts})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "page.md cannot be read as a page"),
+        (b"\xff", "page.md cannot be read as a page"),
+        (b"# Mine", "expected the lines <!-- begin toys --> and <!-- end toys --> once"),
+    ],
+)
+def test_a_page_is_looked_at_before_anything_runs(tiny, tmp_path, capsys, content, said):
+    page = tmp_path / "page.md"
+    if content is not None:
+        page.write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        tiny("--docs", str(page))
+    assert ended.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "toys").exists()
+
+
+def test_a_report_that_raises_is_a_failure_and_the_next_group_goes_on(tmp_path, monkeypatch, capsys):
+    def findings(rows):
+        raise ZeroDivisionError("a mistake in the findings")
+
+    groups = {"toys": changed(findings=findings), "mnist": changed(name="mnist")}
+    monkeypatch.setattr(registry, "get", groups.get)
+    monkeypatch.setattr(documents, "write", lambda *_: [])
+    assert command.main(["toys", "mnist", "--seeds", "1", "--workers", "1", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "mnist: Tiny" in said.out
+    assert said.err.splitlines()[-1] == (
+        "toys: its report failed: ZeroDivisionError: a mistake in the findings"
+    )
+    assert "Traceback" in said.err and "in findings" in said.err
+
+
+def test_rows_of_settings_that_this_version_does_not_run_are_left_out(tiny, tmp_path, monkeypatch, capsys):
+    assert tiny("--seeds", "2") == 0
+
+    def trials(settings):
+        return [Trial(t.arm, t.seed, {"scale": 3.0}, t.alone) for t in tiny_experiment.trials(settings)]
+
+    capsys.readouterr()
+    monkeypatch.setattr(registry, "get", lambda name: changed(trials=trials))
+    assert tiny("report") == 1
+    assert "there are no rows of these settings, but 6 of others, in" in capsys.readouterr().err
+    assert tiny("--seeds", "3") == 0, "arms with two rows of a seed could not be paired"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "6 rows in" in said and "left out: they are of other settings" in said and "8 runs, " in said
+    assert len(rows(tmp_path)) == 14, "no row is lost"
+    assert tiny("report", "--seeds", "1") == 0
+    assert "8 runs, " in capsys.readouterr().out, "more seeds than asked for are the same settings"
+    # What goes beside a page is what the page can be made of again.
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin toys -->\n<!-- end toys -->\n")
+    (tmp_path / "toys" / "toys.png").write_bytes(b"")
+    assert tiny("report", "--docs", str(page)) == 0
+    kept = [json.loads(line) for line in (tmp_path / "page" / "toys.jsonl").read_text().splitlines()]
+    assert kept == rows(tmp_path)[6:]
+    assert documents.block_in(page.read_text(), "toys", page) == documents.of_page(
+        changed(trials=trials), kept, page
+    )
+
+
+def test_tables_of_diverged_runs_are_json(tmp_path):
+    def findings(rows):
+        numbers = {"sam": [math.nan, 1.5, (math.inf, 2)]}
+        return Findings([Table("T", ["a"], [["nan"]])], [], lambda path: None, numbers)
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    documents.write(changed(findings=findings), [], tmp_path)
+    found = json.loads((tmp_path / "table.json").read_text(), parse_constant=refuse)
+    assert found["numbers"] == {"sam": [None, 1.5, [None, 2]]}
 
 
 def test_a_page_without_a_place_is_an_error(tmp_path):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from . import documents, registry, runner
-from .experiment import Experiment, Settings
+from .data import named
+from .experiment import Experiment, Row, Settings, Trial
 from .progress import Progress
 from .store import Busy, Store
 
@@ -24,7 +28,7 @@ HELP = """\
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; the exit code: 0, 1 if a trial failed, 2 for a wrong call, 130 after a ctrl-C."""
+    """Run the program; the exit code: 0, 1 if something failed, 2 for a wrong call, 130 after a ctrl-C."""
     parser = _parser()
     asked = parser.parse_intermixed_args(arguments)
     words = list(asked.words) or ["list"]
@@ -37,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--data is {asked.data}, which is no folder; expected one with the original data sets")
     if asked.docs is not None and action == "list":
         parser.error("--docs goes with run and report")
-    if asked.fresh and action in ("list", "report"):
-        parser.error(f"--fresh goes with run; {action} runs nothing")
+    if asked.fresh and action != "run":
+        why = "goes on with what is there" if action == "resume" else "runs nothing"
+        parser.error(f"--fresh goes with run; {action} {why}")
     if asked.docs is not None and asked.quick:
         parser.error("--docs is for full runs; those of --quick measure nothing")
     settings = Settings(asked.seeds, asked.quick, asked.data, asked.workers)
@@ -53,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = _chosen(words)
     except ValueError as error:
         parser.error(str(error))
+    if asked.docs is not None:
+        try:
+            documents.check(asked.docs, [experiment.name for experiment in chosen])
+        except ValueError as error:
+            parser.error(f"--docs: {error}")
     if action == "resume":
         for experiment in chosen:
             store = store_of(experiment, settings, asked.out)
@@ -96,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where rows and reports go (default: %(default)s)",
     )
-    parser.add_argument("--fresh", action="store_true", help="start over; rows of before are set aside")
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over; rows of before are set aside, numbered"
+    )
     parser.add_argument("--docs", type=Path, metavar="FILE", help="put the report into this page, too")
     return parser
 
@@ -118,12 +130,40 @@ def _chosen(words: list[str]) -> list[Experiment]:
 def store_of(experiment: Experiment, settings: Settings, out: Path) -> Store:
     """Where the rows of these settings are: quick ones and those of other data never mix with the rest."""
     folder = experiment.name + ("-quick" if settings.quick else "")
-    if settings.data is not None:
-        embedded = Settings(settings.seeds, settings.quick, None, settings.workers)
-        keys = [[trial.key for trial in experiment.trials(s)] for s in (settings, embedded)]
-        if keys[0] != keys[1]:
-            folder += "-data"
+    if _takes_data(experiment, settings):
+        folder += "-data"
     return Store(out / folder, experiment.name)
+
+
+def _takes_data(experiment: Experiment, settings: Settings) -> bool:
+    """Whether the trials are others than without --data."""
+    asked, embedded = (experiment.trials(s) for s in (settings, replace(settings, data=None)))
+    return [trial.key for trial in asked] != [trial.key for trial in embedded]
+
+
+def _without_data(chosen: list[Experiment], settings: Settings, asked: argparse.Namespace) -> dict[str, str]:
+    """A sentence for each experiment that is to run and lacks its files; also says who needs none."""
+    lacking: dict[str, str] = {}
+    if settings.data is None:
+        return lacking
+    for experiment in chosen:
+        if not _takes_data(experiment, settings):
+            print(
+                f"{experiment.name}: {settings.data} has nothing for it; it runs as without --data, on "
+                "what is embedded",
+                file=sys.stderr,
+            )
+            continue
+        left = experiment.trials(settings)
+        if not asked.fresh:
+            left, _ = runner.remaining(experiment, settings, store_of(experiment, settings, asked.out))
+        try:
+            for name in {str(trial.options.get("data")) for trial in left}:
+                named.require(name, settings.data)
+        except FileNotFoundError as error:
+            lacking[experiment.name] = f"{experiment.name} cannot run: {error}"
+            print(lacking[experiment.name], file=sys.stderr)
+    return lacking
 
 
 def _listed(out: Path) -> str:
@@ -146,8 +186,11 @@ def _listed(out: Path) -> str:
 
 def _all(action: str, chosen: list[Experiment], settings: Settings, asked: argparse.Namespace) -> int:
     progress = Progress()
-    failures: list[str] = []
+    lacking = _without_data(chosen, settings, asked) if action != "report" else {}
+    failures = list(lacking.values())
     for experiment in chosen:
+        if experiment.name in lacking:
+            continue
         store = store_of(experiment, settings, asked.out)
         if action != "report":
             try:
@@ -162,11 +205,11 @@ def _all(action: str, chosen: list[Experiment], settings: Settings, asked: argpa
                 return 130
             if outcome.not_run:
                 failures.append(f"{experiment.name}: {outcome.not_run} trials were not run")
-        rows = store.rows()
-        if not rows:
-            failures.append(f"{experiment.name}: there are no rows in {store.folder} to report; run it first")
-            continue
-        _report(experiment, settings, store, asked.docs)
+        try:
+            failures += _report(experiment, settings, store, asked.docs)
+        except Exception as error:  # a mistake in one report keeps no other from being run
+            traceback.print_exc()
+            failures.append(f"{experiment.name}: its report failed: {type(error).__name__}: {error}")
     _summarize(failures)
     return 1 if failures else 0
 
@@ -182,12 +225,34 @@ def _run(
     return runner.run(experiment, settings, store, progress.say, progress)
 
 
-def _report(experiment: Experiment, settings: Settings, store: Store, page: Path | None) -> None:
-    rows = store.rows()
+def _setting(arm: str, options: dict[str, Any]) -> str:
+    """The same for the same arm with the same options, whatever the seed."""
+    return Trial(arm, 0, options).key
+
+
+def _of_these_settings(experiment: Experiment, settings: Settings, rows: list[Row]) -> list[Row]:
+    """The rows of arms and options that this version runs, of any seed; others mean something else by now."""
+    trials = [*experiment.trials(settings), *experiment.trials(replace(settings, seeds=None))]
+    known = {_setting(trial.arm, trial.options) for trial in trials}
+    return [row for row in rows if _setting(row["arm"], row["options"]) in known]
+
+
+def _report(experiment: Experiment, settings: Settings, store: Store, page: Path | None) -> list[str]:
+    """Print and write the report; a sentence if there is nothing to report."""
+    found = store.rows()
+    rows = _of_these_settings(experiment, settings, found)
+    if not rows:
+        others = f" of these settings, but {len(found)} of others," if found else ""
+        return [f"{experiment.name}: there are no rows{others} in {store.folder} to report; run it first"]
     missing, there = runner.remaining(experiment, settings, store)
     print(documents.text(experiment, rows))
     if missing:
         print(f"\n{len(missing)} of {len(missing) + there} trials have not been run; this is of the others.")
+    if len(rows) < len(found):
+        print(
+            f"\n{len(found) - len(rows)} rows in {store.path} are left out: they are of other settings, "
+            "which this version does not run."
+        )
     if settings.quick:
         print("\nA quick run, to see that everything runs: its numbers measure nothing.")
     written = documents.write(experiment, rows, store.folder)
@@ -196,6 +261,7 @@ def _report(experiment: Experiment, settings: Settings, store: Store, page: Path
         documents.put(experiment, rows, store.folder, page)
         print(f"Put into {page}")
     print(flush=True)
+    return []
 
 
 def _say_how_to_resume(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import textwrap
@@ -107,7 +108,10 @@ def measured_with(rows: Sequence[Row]) -> str:
 
 
 def write(experiment: Experiment, rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write table.json, report.md and NAME.png into a folder; where they are."""
+    """Write table.json, report.md and NAME.png into a folder; where they are.
+
+    JSON has no infinity and no NaN: such numbers are null in table.json.
+    """
     found = experiment.findings(list(rows))
     picture = folder / f"{experiment.name}.png"
     content = {
@@ -123,11 +127,20 @@ def write(experiment: Experiment, rows: Sequence[Row], folder: Path) -> list[Pat
         "measured_with": measured_with(rows),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    text = json.dumps(_as_json(content), indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / "table.json").write_text(text + "\n", "utf-8")
     page = f"# {experiment.name}\n\n" + _markdown(experiment, found, rows, picture.name, "runs.jsonl")
     (folder / "report.md").write_text(page, "utf-8")
     found.draw(picture)
     return [folder / "table.json", folder / "report.md", picture]
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _as_json(part) for key, part in value.items()}
+    return [_as_json(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def beside(page: Path, name: str) -> tuple[Path, Path]:
@@ -141,8 +154,8 @@ def put(experiment: Experiment, rows: Sequence[Row], folder: Path, page: Path) -
 
     Args:
         experiment: what the rows are of.
-        rows: all of the folder's.
-        folder: where `write` has left the picture, and the store its rows.
+        rows: those that are reported; they are what the page can be made of again.
+        folder: where `write` has left the picture.
         page: markdown with the lines ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; what is outside
             of them stays.
 
@@ -152,9 +165,27 @@ def put(experiment: Experiment, rows: Sequence[Row], folder: Path, page: Path) -
     kept, picture = beside(page, experiment.name)
     new = replaced(page.read_text("utf-8"), experiment.name, of_page(experiment, rows, page), page)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / "runs.jsonl", kept)
+    kept.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     shutil.copyfile(folder / f"{experiment.name}.png", picture)
     page.write_text(new, "utf-8")
+
+
+def check(page: Path, names: Iterable[str]) -> None:
+    """See to it that `put` will find its place in a page.
+
+    Args:
+        page: markdown, as of `put`.
+        names: of the experiments.
+
+    Raises:
+        ValueError: if the page is no file, no text, or does not have the two lines of each name once.
+    """
+    try:
+        content = page.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{page} cannot be read as a page ({error}); expected markdown") from error
+    for name in names:
+        _parts(content, name, page)
 
 
 def of_page(experiment: Experiment, rows: Sequence[Row], page: Path) -> str:

@@ -29,6 +29,8 @@ from .progress import Progress
 from .store import Store, commit, key_of
 
 Run = Callable[[Trial, Path | None], dict[str, Any]]
+Done = tuple[dict[str, Any], float, int]
+"""Numbers of a trial, seconds it took, threads that torch had where it ran."""
 
 
 @dataclass
@@ -129,18 +131,18 @@ class _Job:
             for trial in trials:
                 self.progress.running([trial])
                 try:
-                    numbers, seconds = _timed(self.experiment.run, trial, self.settings.data)
+                    done = _timed(self.experiment.run, trial, self.settings.data)
                 except Exception as error:
                     self._failed(trial, error)
                 else:
-                    self._finished(trial, numbers, seconds)
+                    self._finished(trial, *done)
         finally:
             torch.set_num_threads(threads)
 
     def in_processes(self, trials: list[Trial]) -> None:
         """As many at a time as there are workers; each process takes one after the other."""
         others = set(multiprocessing.active_children())
-        waiting, running = list(trials), dict[Future[tuple[dict[str, Any], float]], Trial]()
+        waiting, running = list(trials), dict[Future[Done], Trial]()
         # A torch that was imported and used does not survive a fork; a fresh process imports its own.
         pool = ProcessPoolExecutor(
             min(self.settings.workers, len(trials)), multiprocessing.get_context("spawn"), _prepare
@@ -163,20 +165,20 @@ class _Job:
                         child.terminate()
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _collect(self, future: Future[tuple[dict[str, Any], float]], running: dict[Any, Trial]) -> None:
+    def _collect(self, future: Future[Done], running: dict[Any, Trial]) -> None:
         try:
-            numbers, seconds = future.result()
+            done = future.result()
         except BrokenProcessPool:
             raise
         except Exception as error:
             self._failed(running.pop(future), error)
         else:
-            self._finished(running.pop(future), numbers, seconds)
+            self._finished(running.pop(future), *done)
 
-    def _finished(self, trial: Trial, numbers: dict[str, Any], seconds: float) -> None:
+    def _finished(self, trial: Trial, numbers: dict[str, Any], seconds: float, threads: int) -> None:
         with deferred():
             try:
-                self.store.append(trial, numbers, seconds)
+                self.store.append(trial, numbers, seconds, threads)
             except TypeError as error:  # numbers that are no JSON are a mistake of the trial
                 self._failed(trial, error)
                 return
@@ -199,10 +201,10 @@ class _Job:
         )
 
 
-def _timed(run: Run, trial: Trial, data: Path | None) -> tuple[dict[str, Any], float]:
-    start = time.perf_counter()
+def _timed(run: Run, trial: Trial, data: Path | None) -> Done:
+    start, threads = time.perf_counter(), torch.get_num_threads()
     numbers = run(trial, data)
-    return numbers, time.perf_counter() - start
+    return numbers, time.perf_counter() - start, threads
 
 
 def _prepare() -> None:

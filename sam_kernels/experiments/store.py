@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -77,8 +78,15 @@ class Store:
             f"it) and has been dropped; {len(rows)} finished trials are there."
         )
 
-    def append(self, trial: Trial, numbers: dict[str, Any], seconds: float) -> Row:
+    def append(
+        self, trial: Trial, numbers: dict[str, Any], seconds: float, threads: int | None = None
+    ) -> Row:
         """Write a finished trial to the disk and return its row. Call it `locked`.
+
+        Args:
+            trial, numbers: what ran, and what it returned.
+            seconds: that it took.
+            threads: that torch had where it ran; None for those it has here.
 
         Raises:
             TypeError: if the numbers are not JSON.
@@ -91,7 +99,7 @@ class Store:
             "numbers": numbers,
             "seconds": round(seconds, 3),
             "versions": versions(),
-            "machine": machine(),
+            "machine": machine(threads),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": commit(),
         }
@@ -105,10 +113,14 @@ class Store:
         return dict(json.loads(line))
 
     def set_aside(self) -> Path | None:
-        """Move the rows out of the way, to start over; returns where they are now, None without any."""
+        """Move the rows out of the way, to start over; returns where they are now, None without any.
+
+        They become runs.before.1.jsonl, or the next number, so that no rows are lost. Call it `locked`.
+        """
         if not self.path.exists():
             return None
-        return self.path.replace(self.path.with_name("runs.before.jsonl"))
+        names = (self.path.with_name(f"runs.before.{number}.jsonl") for number in itertools.count(1))
+        return self.path.replace(next(path for path in names if not path.exists()))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -204,13 +216,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine() -> dict[str, Any]:
-    """Processor, architecture, cores of the machine, and threads that torch uses here."""
+def machine(threads: int | None = None) -> dict[str, Any]:
+    """Processor, architecture, cores of the machine, and threads that torch used; None for those it has."""
     return {
         "cpu": _cpu(),
         "arch": platform.machine(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads() if threads is None else threads,
     }
 
 

@@ -1,6 +1,6 @@
 """What the experiments train on: the digits of scikit-learn, and original data sets where a user has them.
 
-digits, named -> split, files
+digits, named -> split, files, pickles
 shifted -> shifts, digits, named, files    samples that move step by step from a source to a target
 """
 

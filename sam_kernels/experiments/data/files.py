@@ -1,14 +1,15 @@
-"""Readers of the original files: IDX, CIFAR's pickles, Covertype's table, folders of portraits."""
+"""Readers of the original files: IDX, Covertype's table, folders of portraits. CIFAR's are in `pickles`."""
 
 from __future__ import annotations
 
 import gzip
 import io
-import pickle
+import math
 import re
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,9 +46,19 @@ def _plain_or_gz(path: Path) -> Path | None:
     return None
 
 
-def _bytes(path: Path) -> bytes:
+def content(path: Path) -> bytes:
+    """The bytes of a file, unpacked if it is gzipped, whatever its name.
+
+    Raises:
+        ValueError: if it is gzipped and damaged.
+    """
     data = path.read_bytes()
-    return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    if data[:2] != b"\x1f\x8b":
+        return data
+    try:
+        return gzip.decompress(data)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is gzipped and damaged ({error}); fetch it again") from error
 
 
 def read_idx(path: Path) -> NDArray[Any]:
@@ -61,71 +72,42 @@ def read_idx(path: Path) -> NDArray[Any]:
 
     Source: LeCun, Cortes, Burges, "The MNIST database", file format at the end of its page.
     """
-    data = _bytes(path)
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in IDX_TYPES or not data[3]:
+    data = content(path)
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in IDX_TYPES or not 1 <= data[3] <= 32:
         raise ValueError(
-            f"{path} is no IDX file: it begins with {data[:4]!r}; expected two zero bytes, a type"
+            f"{path} is no IDX file: it begins with {data[:4]!r}; expected two zero bytes, a type and a "
+            "number of dimensions from 1 to 32"
         )
     head = 4 + 4 * data[3]
+    if len(data) < head:
+        raise ValueError(
+            f"{path} has {len(data)} bytes, but the head of an IDX file of {data[3]} dimensions has {head}: "
+            "it is damaged, fetch it again"
+        )
     shape = tuple(np.frombuffer(data[4:head], ">u4").astype(int).tolist())
     dtype = np.dtype(IDX_TYPES[data[2]])
-    expected = head + dtype.itemsize * int(np.prod(shape))
+    expected = head + dtype.itemsize * math.prod(shape)  # Python's numbers: sizes of 32 bits overflow numpy's
     if len(data) != expected:
         raise ValueError(
             f"{path} has {len(data)} bytes, but an IDX file of shape {shape} has {expected}: it is damaged, "
             "fetch it again"
         )
+    if len(data) == head:
+        raise ValueError(f"{path} is an IDX file of shape {shape}, which holds nothing; expected samples")
     return np.frombuffer(data, dtype, offset=head).reshape(shape)
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles numbers, strings, containers and numpy arrays. A pickle may name any function to call."""
-
-    ALLOWED = {
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("_codecs", "encode"),  # how Python 3 writes bytes into old protocols
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}, and only numpy arrays are read from pickles here: a "
-                "pickle can run any program. Fetch the file again from its authors"
-            )
-        if name == "_reconstruct":
-            module = np.ndarray(0).__reduce__()[0].__module__  # numpy 2 moved it
-        return super().find_class(module, name)
-
-
-def read_pickle(path: Path) -> dict[Any, Any]:
-    """A dict of numbers, bytes, containers and arrays from a pickle, as CIFAR's python version has them.
-
-    Strings of Python 2 come as bytes. Nothing else is built, so that a pickle cannot run anything.
-
-    Raises:
-        pickle.UnpicklingError: if it holds anything else, or is no pickle.
-    """
-    stream: BinaryIO = io.BytesIO(_bytes(path))
-    try:
-        data = _ArraysOnly(stream, encoding="bytes").load()
-    except (pickle.UnpicklingError, EOFError, IndexError, ValueError, UnicodeDecodeError) as error:
-        raise pickle.UnpicklingError(f"{path} cannot be read as a pickle of arrays: {error}") from error
-    if not isinstance(data, dict):
-        raise pickle.UnpicklingError(f"{path} holds {type(data).__name__}; expected a dict, as CIFAR's files")
-    return data
 
 
 def read_table(path: Path, columns: int) -> NDArray[np.float32]:
     """Comma-separated numbers without a header, plain or gzipped, shape [rows, columns]; float32.
 
     Raises:
-        ValueError: if a cell is no number or a row has another length.
+        ValueError: if there are no rows, a cell is no number or a row has another length.
     """
+    data = content(path)
+    if not data.strip():
+        raise ValueError(f"{path} is empty; expected rows of {columns} numbers with commas between them")
     try:
-        table = np.loadtxt(io.BytesIO(_bytes(path)), dtype=np.float32, delimiter=",", ndmin=2)
+        table = np.loadtxt(io.BytesIO(data), dtype=np.float32, delimiter=",", ndmin=2)
     except ValueError as error:
         raise ValueError(f"{path} is no table of numbers with commas between them: {error}") from error
     if table.shape[1] != columns:

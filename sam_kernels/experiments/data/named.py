@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import files
+from . import files, pickles
 from .split import Split, flipped
 
 MNIST_FILES = (
@@ -22,6 +22,41 @@ MNIST_FILES = (
 MNIST_PLACES = ("", "MNIST/raw", "MNIST", "mnist")
 MNIST_SOURCE = "http://yann.lecun.com/exdb/mnist, or torchvision.datasets.MNIST(folder, download=True)"
 CIFAR_SOURCE = "https://www.cs.toronto.edu/~kriz/cifar.html, the python version, unpacked"
+
+
+def mnist_files(folder: Path | str) -> list[Path]:
+    """Where MNIST's four files are; raises FileNotFoundError if they are not."""
+    return files.found(folder, MNIST_PLACES, MNIST_FILES, "MNIST", MNIST_SOURCE)
+
+
+def cifar_files(folder: Path | str, classes: int) -> list[Path]:
+    """Where CIFAR's files are, the test batch last; raises FileNotFoundError if they are not."""
+    if classes == 10:
+        place, names = "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    elif classes == 100:
+        place, names = "cifar-100-python", ["train", "test"]
+    else:
+        raise ValueError(f"cifar: classes is {classes!r}; expected 10 or 100")
+    return files.found(folder, (place, ""), names, f"CIFAR-{classes}", CIFAR_SOURCE)
+
+
+def require(name: str, folder: Path | str) -> None:
+    """See to it that a folder has a data set, without reading it.
+
+    Args:
+        name: "mnist", "cifar10" or "cifar100"; others need nothing.
+        folder: as in `mnist` and `cifar`.
+
+    Raises:
+        FileNotFoundError: if the files are not there; it says where they were looked for.
+
+    Example:
+        >>> require("digits", "/no/such/folder")
+    """
+    if name == "mnist":
+        mnist_files(folder)
+    elif name in ("cifar10", "cifar100"):
+        cifar_files(folder, int(name.removeprefix("cifar")))
 
 
 def mnist(
@@ -56,8 +91,7 @@ def mnist(
     """
     if download:
         _fetch("MNIST", folder)
-    paths = files.found(folder, MNIST_PLACES, MNIST_FILES, "MNIST", MNIST_SOURCE)
-    x, y, x_test, y_test = (files.read_idx(path) for path in paths)
+    x, y, x_test, y_test = (files.read_idx(path) for path in mnist_files(folder))
     image = (1, *x.shape[1:])
     return _split(x, y, x_test, y_test, 10, "MNIST", image, train, test, noise, seed)
 
@@ -74,8 +108,8 @@ def cifar(
 ) -> Split:
     """CIFAR-10 or CIFAR-100 from the pickles of its python version: 50,000 and 10,000 images of 3 x 32 x 32.
 
-    The pickles are read by a reader that builds arrays and nothing else. Pixels are in [0, 1]; standardize
-    them yourself.
+    The pickles are read by a reader that imports and calls nothing they name, see `pickles.read_pickle`.
+    Pixels are in [0, 1]; standardize them yourself.
 
     Args:
         folder: has cifar-10-batches-py or cifar-100-python, or is that folder.
@@ -84,7 +118,8 @@ def cifar(
 
     Raises:
         FileNotFoundError: if the files are not there; it says where they were looked for.
-        ValueError: if classes is neither, or train or test is more than there are.
+        ValueError: if classes is neither, a file is damaged, or train or test is more than there are.
+        pickle.UnpicklingError: if a file is no pickle of arrays.
 
     Example:
         >>> cifar("/no/such/folder", 100)
@@ -93,27 +128,35 @@ def cifar(
 
     Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
     """
-    if classes == 10:
-        place, names = "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    elif classes == 100:
-        place, names = "cifar-100-python", ["train", "test"]
-    else:
+    if classes not in (10, 100):
         raise ValueError(f"cifar: classes is {classes!r}; expected 10 or 100")
     if download:
         _fetch(f"CIFAR{classes}", folder)
     name = f"CIFAR-{classes}"
-    parts = [_pictures(path, name) for path in files.found(folder, (place, ""), names, name, CIFAR_SOURCE)]
+    parts = [_pictures(path, classes) for path in cifar_files(folder, classes)]
     x, y = (np.concatenate(arrays) for arrays in zip(*parts[:-1], strict=True))
     return _split(x, y, *parts[-1], classes, name, (3, 32, 32), train, test, noise, seed)
 
 
-def _pictures(path: Path, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    batch = files.read_pickle(path)
-    key = b"labels" if name == "CIFAR-10" else b"fine_labels"
+def _pictures(path: Path, classes: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    batch = pickles.read_pickle(path)
+    key, expected = (
+        b"labels" if classes == 10 else b"fine_labels",
+        f"a batch of CIFAR-{classes}, python version",
+    )
     missing = [k for k in (b"data", key) if k not in batch]
     if missing:
-        raise ValueError(f"{path} has no {missing[0]!r}; expected a batch of {name}, python version")
-    return batch[b"data"], np.asarray(batch[key], np.int64)
+        raise ValueError(f"{path} has no {missing[0]!r}; expected {expected}")
+    x, y = batch[b"data"], batch[key]
+    if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim != 2 or x.shape[1] != 3 * 32 * 32:
+        raise ValueError(f"{path}: its data are no uint8 of shape [n, 3072]; expected {expected}")
+    if isinstance(y, np.ndarray) and y.ndim == 1:
+        y = y.tolist()
+    if type(y) is not list or not all(type(label) is int and 0 <= label < classes for label in y):
+        raise ValueError(f"{path}: its labels are no numbers from 0 to {classes - 1}; expected {expected}")
+    if not len(x) == len(y) > 0:
+        raise ValueError(f"{path} has {len(x)} images and {len(y)} labels; expected {expected}")
+    return x, np.array(y, np.int64)
 
 
 def _fetch(kind: str, folder: Path | str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import files
 from .digits import CLASSES, IMAGE, all_digits
-from .named import MNIST_FILES, MNIST_PLACES, MNIST_SOURCE
+from .named import mnist_files
 from .shifts import Shift, along, rotated
 
 
@@ -54,8 +55,7 @@ def brighter_digits(seed: int = 0) -> Shift:
 
 
 def _mnist(folder: Path | str, part: int) -> tuple[Tensor, Tensor]:
-    paths = files.found(folder, MNIST_PLACES, MNIST_FILES, "MNIST", MNIST_SOURCE)
-    x, y = (files.read_idx(path) for path in paths[2 * part : 2 * part + 2])
+    x, y = (files.read_idx(path) for path in mnist_files(folder)[2 * part : 2 * part + 2])
     return torch.tensor(x.reshape(len(x), -1)).to(torch.float32) / 255, torch.tensor(y, dtype=torch.int64)
 
 
@@ -85,6 +85,11 @@ def brighter_mnist(folder: Path | str, seed: int = 0) -> Shift:
     )
 
 
+def _covertype_file(folder: Path | str) -> Path:
+    source = "https://archive.ics.uci.edu/dataset/31/covertype"
+    return files.found(folder, ("", "covertype"), ("covtype.data",), "Covertype", source)[0]
+
+
 def covertype(folder: Path | str, seed: int = 0) -> Shift:
     """Covertype, the two most frequent kinds of forest, in the order of their distance to water.
 
@@ -100,15 +105,26 @@ def covertype(folder: Path | str, seed: int = 0) -> Shift:
 
     Source: Blackard and Dean, UCI 1998; samjschapiro/SAM-GDA for the sizes.
     """
-    source = "https://archive.ics.uci.edu/dataset/31/covertype"
-    (path,) = files.found(folder, ("", "covertype"), ("covtype.data",), "Covertype", source)
-    table = torch.from_numpy(files.read_table(path, 55))
+    table = torch.from_numpy(files.read_table(_covertype_file(folder), 55))
     table = table[table[:, -1] <= 2]
     table = table[table[:, 3].argsort(stable=True)]  # horizontal distance to hydrology
     x, y = table[:, :-1], table[:, -1].to(torch.int64) - 1
     x = (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
     share = min(1.0, len(x) / 430_000)
     return _in_order(x, y, (int(10_000 * share), int(400_000 * share), int(20_000 * share)), 2, "Covertype")
+
+
+def _portraits_folder(folder: Path | str) -> Path:
+    names = ("", "portraits", "faces_aligned_small_mirrored_co_aligned_cropped_cleaned")
+    places = [Path(folder) / name for name in names]
+    for place in places:
+        if (place / "F").is_dir() and (place / "M").is_dir():
+            return place
+    raise FileNotFoundError(
+        "Portraits are not there. Looked for folders F and M of images, both in one of: "
+        f"{', '.join(map(str, places))}. They come from "
+        "https://people.eecs.berkeley.edu/~shiry/projects/yearbooks/yearbooks.html"
+    )
 
 
 def portraits(folder: Path | str, seed: int = 0) -> Shift:
@@ -126,18 +142,7 @@ def portraits(folder: Path | str, seed: int = 0) -> Shift:
     Source: Ginosar et al., "A Century of Portraits", 2015, arXiv 1511.02575; samjschapiro/SAM-GDA for the
     sizes.
     """
-    places = ("", "portraits", "faces_aligned_small_mirrored_co_aligned_cropped_cleaned")
-    for place in places:
-        here = Path(folder) / place
-        if (here / "F").is_dir() and (here / "M").is_dir():
-            pixels, labels, _ = files.read_portraits(here)
-            break
-    else:
-        raise FileNotFoundError(
-            "Portraits are not there. Looked for folders F and M of images, both in one of: "
-            f"{', '.join(str(Path(folder) / place) for place in places)}. They come from "
-            "https://people.eecs.berkeley.edu/~shiry/projects/yearbooks/yearbooks.html"
-        )
+    pixels, labels, _ = files.read_portraits(_portraits_folder(folder))
     x, y = torch.from_numpy(pixels), torch.from_numpy(labels)
     share = min(1.0, len(x) / 18_000)
     sizes = (int(2000 * share), int(14_000 * share), int(2000 * share))
@@ -191,7 +196,13 @@ def shift(name: str, folder: Path | str | None = None, seed: int = 0) -> Shift:
 
 
 def is_there(name: str, folder: Path | str) -> bool:
-    """Whether a folder has the files of an original data set, without reading them."""
-    folder = Path(folder)
-    patterns = {"covertype": "covtype.data*", "portraits": "F"}.get(name, "t10k-images-idx3-ubyte*")
-    return any(next(folder.glob(depth + patterns), None) is not None for depth in ("", "*/", "*/*/"))
+    """Whether a folder has the files of an original data set where `shift` looks, without reading them."""
+    places: dict[str, Callable[[Path | str], Any]] = {
+        "covertype": _covertype_file,
+        "portraits": _portraits_folder,
+    }
+    try:
+        places.get(name, mnist_files)(folder)
+    except FileNotFoundError:
+        return False
+    return True
