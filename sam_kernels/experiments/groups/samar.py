@@ -299,7 +299,7 @@ EXPERIMENT = Experiment(
     reconstruction from the abstract, and its constants are ours, so a disagreement may be the
     reconstruction's. Its rule multiplies lambda, the weight of the perturbed gradient, by 1.1 where the norm
     of the gradient grew from one step to the next, and by 0.9 where it fell. One of each is a factor of
-    0.99, so lambda drifts down whatever the norms do: of 0.5 less than 0.01 is left within the 600 steps
+    0.99, so lambda drifts down whatever the norms do: of 0.5 about 0.01 or less is left after the 600 steps
     here, and the default arm ends as SGD that pays for two gradients. The arm with down=1/1.1 is the other
     reading: one up and one down cancel, so that lambda follows the norms alone. The abstract, which speaks
     of a ratio of norms and of no drift, is the better met by it; both are judged, and the tables give the

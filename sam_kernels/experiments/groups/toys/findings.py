@@ -68,11 +68,12 @@ def _line_claims(rows: list[Row]) -> list[Claim]:
         radii = " and ".join(f"{row['options']['rho']:g}" for row in small)
         out = " and ".join(str(row["numbers"]["leave_sharp"]) for row in small)
         measured += f" With rho {radii}, less than the way to the barrier, it takes {out} out."
-    measured += (
-        " So this agrees in part: SAM leaves with a radius that was chosen to reach over the barrier, and "
-        f"{b['flat']} of all {sam[0]['options']['starts']} starts end at the flat minimum."
-    )
     agrees = a["leave_sharp"] < a["from_sharp"] and b["leave_sharp"] == b["from_sharp"]
+    if agrees:
+        measured += (
+            " So this agrees in part: SAM leaves with a radius that was chosen to reach over the barrier; "
+            f"{b['flat']} of all {sam[0]['options']['starts']} starts end at the flat minimum."
+        )
     return [Claim(says, measured, "agrees" if agrees else "disagrees")]
 
 
