@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -386,12 +388,33 @@ def test_choices_do_not_look_at_the_test_set():
 
 
 def difference(*values: float) -> Difference:
-    mean = sum(values) / len(values) if values else math.nan
-    n = len(values)
-    error = math.nan
-    if n > 1:
-        error = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
-    return Difference(tuple(range(n)), values, mean, error)
+    return Difference.of(range(len(values)), values)
+
+
+def test_mean_error_and_interval_are_those_of_students_t():
+    stats = pytest.importorskip("scipy.stats", reason="scipy, which has Student's t, is not installed")
+    values = [1.3, -0.2, 0.9, 2.4]
+    found = difference(*values)
+    assert found.error == pytest.approx(stats.sem(values))
+    expected = stats.t.interval(0.95, 3, loc=sum(values) / 4, scale=stats.sem(values))
+    assert found.interval == pytest.approx(expected)
+    assert found.said() == ("+1.10 ± 0.54 (mean and standard error of 4 pairs; 95 % interval -0.61 to +2.81)")
+    assert all(math.isnan(end) for one in (difference(1.0), difference()) for end in one.interval)
+    against = stats.ttest_1samp(values, 0.0).pvalue
+    assert verdicts.judge("", "", found, "less").doubt == pytest.approx(against)
+    assert verdicts.judge("", "", found, "more").doubt == 1
+    off = stats.ttest_1samp(values, 0.4).pvalue
+    assert verdicts.judge("", "", found, "not more", margin=0.4).doubt == pytest.approx(off)
+    assert verdicts.judge("", "", found, "alike", margin=0.4).doubt == pytest.approx(off)
+
+
+def test_noise_alone_is_called_clear_in_one_of_twenty_cases_however_few_seeds():
+    pytest.importorskip("scipy", reason="scipy, which has Student's t, is not installed")
+    generator = torch.Generator().manual_seed(1)
+    for n in (3, 5):
+        draws = torch.randn(1500, n, generator=generator, dtype=torch.float64).tolist()
+        share = sum(difference(*draw).is_clear for draw in draws) / 1500
+        assert share == pytest.approx(0.05, abs=0.023)  # four standard errors
 
 
 @pytest.mark.parametrize(
@@ -407,7 +430,9 @@ def difference(*values: float) -> Difference:
         ((1.1, 0.9, 1.0), "alike", 0.5, "disagrees"),
         ((2.1, -0.9, 0.0), "alike", 0.5, "undecided"),
         ((-9.0, -9.5), "not more", 0.5, "agrees"),
-        ((1.0, 1.1), "not more", 0.5, "disagrees"),
+        ((1.0, 1.1), "not more", 0.5, "undecided"),
+        ((1.0, 1.1, 1.05), "not more", 0.5, "disagrees"),
+        ((1.0, 1.2), "more", 0, "undecided"),  # 11 errors from zero, and yet of two seeds
         ((1.0, -1.1), "not more", 0.5, "undecided"),
     ],
 )
@@ -424,6 +449,44 @@ def test_a_claim_of_several_parts_is_as_good_as_its_worst():
     assert of("agrees", "not measured") == "undecided"
     assert of("not measured", "not measured") == "not measured"
     assert of("agrees", "undecided", "disagrees") == "disagrees"
+
+
+def test_parts_share_the_error_of_disagreeing():
+    pytest.importorskip("scipy", reason="scipy, which has Student's t, is not installed")
+    fine = verdicts.judge("", "", difference(1.0, 1.2, 0.8), "more")
+    bad = verdicts.judge("", "", difference(-1.0, -1.3, -0.7), "more")
+    assert bad.verdict == "disagrees" and 0.025 < bad.doubt < 0.05
+    assert verdicts.together("", [bad]).verdict == "disagrees"
+    assert verdicts.together("", [fine, bad]).verdict == "undecided"
+    worse = verdicts.judge("", "", difference(-1.0, -1.1, -0.9), "more")
+    assert worse.doubt < 0.01
+    both = verdicts.together("", [fine, worse])
+    assert both.verdict == "disagrees" and both.doubt == pytest.approx(2 * worse.doubt)
+    # Claims of claims count all parts.
+    assert verdicts.together("", [both, fine]).doubt == pytest.approx(4 * worse.doubt)
+
+
+def test_a_size_that_is_quoted_is_not_said_to_agree():
+    sentence = "The verdict is on the direction, not on the size."
+    quoting = re.compile(r"\(.*(by|from) (about )?[\d.]+( - [\d.=\s]+)? (%|percentage)|\([\d.]+ against")
+    seen = 0
+    for name in ("out_of_distribution", "samar"):
+        for claim in registry.get(name).findings([]).claims:
+            assert (sentence in claim.measured) == bool(quoting.search(claim.says)), claim.says
+            seen += sentence in claim.measured
+    assert seen == 7 + 8
+    text = verdicts.judge("", "x", difference(1.0, 1.1), "more", quotes=True).measured
+    assert (
+        text.endswith(sentence) and sentence not in verdicts.judge("", "x", difference(1.0), "more").measured
+    )
+
+
+def test_no_sentence_goes_by_two_standard_errors():
+    folder = Path(verdicts.__file__).parent
+    texts = [p.read_text() for p in folder.rglob("*.py")] + [
+        registry.get(n).protocol for n in registry.names()
+    ]
+    assert not [text for text in texts if re.search(r"two\s+(of those|standard errors)", text)]
 
 
 # ---- the groups ------------------------------------------------------------------------------------
@@ -554,6 +617,19 @@ def test_findings_work_on_what_there_is(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", GROUPS)
+def test_a_test_loss_that_is_not_finite_leaves_the_findings_standing(name, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib, which draws the picture, is not installed")
+    rows = rows_of(name, NUMBERS[name](1, 0.01))
+    for row in rows[:9]:
+        if "test_loss" in row["numbers"]:
+            row["numbers"] |= {"test_loss": None, "gap": None}
+    found = registry.get(name).findings(rows)
+    assert any("nan" in cell for table in found.tables for line in table.rows for cell in line)
+    found.draw(tmp_path / "some.png")
+    json.dumps(found.numbers)
+
+
+@pytest.mark.parametrize("name", GROUPS)
 def test_a_quick_trial_of_each_kind_runs(name):
     pytest.importorskip("sklearn", reason="scikit-learn, which has the digits, is not installed")
     experiment = registry.get(name)
@@ -612,3 +688,125 @@ def test_rows_of_samar_without_lambda_are_shown_beside_those_with_it():
     cells = {line[0]: list(line[-2:]) for line in table.rows}
     assert cells["SAMAR, down=1/1.1"] == ["0.400 ± 0.000", "0.300 ± 0.000"]
     assert cells["SAMAR"] == cells["SAM"] == ["–", "–"]
+
+
+# ---- out of distribution, cost and benefit ---------------------------------------------------------
+
+
+def moved_rows(**more):
+    from sam_kernels.experiments.groups import out_of_distribution as group
+
+    return [
+        {
+            "arm": arm,
+            "seed": seed,
+            "options": {"data": name},
+            "numbers": {
+                "zero_shot": 50.0 + seed + 3 * (arm == "sam"),
+                "gradual": 60.0 + seed,
+                "way": [90.0, 80.0, 70.0, 60.0, 50.0],
+                "source": 100.0,
+                "diverged": False,
+                **(more if (arm, seed) == ("sam", 1) else {}),
+            },
+        }
+        for arm in group.ARMS
+        for seed in range(3)
+        for name in ("rotated", "brighter")
+    ]
+
+
+def test_a_run_that_diverged_while_it_followed_keeps_what_it_was_before(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib, which draws the picture, is not installed")
+    pytest.importorskip("sklearn", reason="scikit-learn, which has the digits, is not installed")
+    from sam_kernels.experiments.groups import out_of_distribution as group
+
+    fine = group.findings(moved_rows()).numbers["gain over adam"]
+    assert fine["zero_shot"]["sam"]["seeds"] == fine["gradual"]["sam"]["seeds"] == 3
+    found = group.findings(moved_rows(gradual=None, adaptation_diverged=True))
+    gain = found.numbers["gain over adam"]
+    assert gain["zero_shot"]["sam"]["seeds"] == 3 and gain["gradual"]["sam"]["seeds"] == 2
+    assert "Left out" not in found.tables[0].note
+    assert "Left out: 1 of 3 runs of SAM" in found.tables[1].note
+    found.draw(tmp_path / "some.png")
+
+    def lost(model, *_):
+        return training.Trained(model, diverged=True)
+
+    monkeypatch.setattr(group, "adapt", lost)
+    trial = next(t for t in group.trials(Settings(quick=True)) if t.arm == "sam")
+    numbers = json.loads(json.dumps(group.run(trial, None), allow_nan=False))
+    assert numbers["zero_shot"] > 0 and not numbers["diverged"]
+    assert numbers["gradual"] is None and numbers["adaptation_diverged"]
+
+
+def test_whole_batches_are_as_the_protocol_of_moved_data_says(monkeypatch):
+    pytest.importorskip("sklearn", reason="scikit-learn, which has the digits, is not installed")
+    from sam_kernels.experiments.groups import out_of_distribution as group
+
+    seen = []
+    learn = training.train
+
+    def count(model, split, *, epochs, **keywords):
+        found = learn(model, split, epochs=1, **keywords)
+        seen.append((len(split.x), found.steps * group.BATCH, found.steps * epochs))
+        return found
+
+    monkeypatch.setattr(group, "train", count)
+    trial = next(t for t in group.trials(Settings()) if t.arm == "adam")
+    group.run(trial, None)
+    assert seen == [(600, 512, 400)] + 5 * [(144, 128, 25)]
+    assert "512 in an epoch" in group.PROTOCOL and "takes 25 steps" in group.PROTOCOL
+
+
+def test_nothing_leaves_the_front_by_noise():
+    pytest.importorskip("scipy", reason="scipy, which has Student's t, is not installed")
+    from sam_kernels.experiments.groups.cost_benefit.findings import front
+
+    runs = {
+        "sgd": (1.0, [80.0, 82.0, 81.0]),
+        "like sgd": (1.01, [80.5, 80.9, 81.2]),  # dearer by less than the spread, less accurate by noise
+        "sam": (2.0, [90.0, 92.0, 91.0]),
+        "bad": (2.01, [70.0, 72.0, 71.0]),
+        "dear": (2.5, [90.0, 92.0, 90.9]),  # clearly dearer, and not more accurate
+        "other": (2.6, [None, None, None, 95.0]),  # no seed in common
+    }
+
+    def gain(b, a):
+        pairs = [
+            (seed, x - y)
+            for seed, (x, y) in enumerate(zip(runs[b][1], runs[a][1], strict=False))
+            if x is not None and y is not None
+        ]
+        return Difference.of([seed for seed, _ in pairs], [x for _, x in pairs])
+
+    points = {name: (cost, sum(x or 0 for x in found)) for name, (cost, found) in runs.items()}
+    assert front(points, 0.03, gain) == ["sgd", "like sgd", "sam", "other"]
+
+
+def test_the_time_of_those_that_vary_is_that_of_all_blocks_together():
+    from sam_kernels.experiments.groups.cost_benefit import VARYING, step_times
+
+    def found(varying):
+        now, taken = [0.0], [0]
+
+        def plain():
+            while True:
+                now[0] += 1.0
+                yield 0.0
+
+        def varies():  # the base's price in three of four blocks, five times that in the fourth
+            while True:
+                now[0] += 5.0 if taken[0] // 10 % 4 == 0 else 1.0
+                taken[0] += 1
+                yield 0.0
+
+        return step_times.beside(plain, {"rst": varies}, 24, varying=varying, clock=lambda: now[0])["rst"]
+
+    assert found(())["ratio"] == 1.0
+    together = found(VARYING)
+    assert together["ratio"] == pytest.approx(2.0) and together["rounds"] == 24
+    # The error of a mean of 24 ratios to a base that does not vary.
+    ratios = torch.tensor([5.0] * 6 + [1.0] * 18)
+    assert together["error"] == pytest.approx(float(ratios.std() / 24**0.5), rel=1e-5)
+    assert set(VARYING) == {"ae_sam", "rst"}

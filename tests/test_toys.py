@@ -132,6 +132,38 @@ def test_in_two_dimensions_the_documented_pair_needs_a_radius_of_a_tenth():
     assert top(0.1) == pytest.approx(0.016, rel=0.1)
 
 
+def toy_claims():
+    """Of rows with the numbers that 3,000 starts gave, and a part of them."""
+    from sam_kernels.experiments.groups.toys.findings import findings
+
+    def row(problem, numbers, seed=0, **options):
+        return {"arm": "", "seed": seed, "options": {"problem": problem, **options}, "numbers": numbers}
+
+    line = {"from_sharp": 105, "between": 0, "between_at": None, "sharp": 105, "flat": 196, "leave_sharp": 0}
+    out = line | {"sharp": 0, "between": 115, "between_at": 0.1, "flat": 186, "leave_sharp": 105}
+    rows = [row("line", line, lr=5e-5, rho=0.0, starts=301), row("line", out, lr=5e-5, rho=0.1, starts=301)]
+    plane = {"finite": 1000, "gd_diverged": 0, "tenfold": 0, "documented": 0, "nearer": 1000}
+    plane |= {"median_nearer": 1e-5, "gd_median": 1.0, "sam_median": 1.0, "checked_difference": 0.0}
+    for seed, middle in enumerate((0.11, 0.12, 0.2)):
+        rows.append(row("plane", plane, seed, half=2.0, rho=1e-5, starts=1000))
+        large = plane | {"documented": 5 * (seed == 0), "median_nearer": middle}
+        rows.append(row("plane", large, seed, half=2.0, rho=0.1, starts=1000))
+        rows.append(row("plane", plane | {"nearer": 790}, seed, half=4.5, rho=1e-5, starts=1000))
+    end = {"start": [2.0, 1.3], "end": [1.0, 0.1], "distance": 0.1, "top": 0.0172, "top_closed": 0.0172}
+    rows.append(row("start", end, rho=0.1))
+    return findings(rows).claims
+
+
+def test_claims_of_the_toys_say_no_more_than_was_seen():
+    line, pair, nearer = toy_claims()[:3]
+    assert "agrees in part" in line.measured and "chosen to reach over the barrier" in line.measured
+    assert "186 of all 301 starts end at the flat minimum" in line.measured and "115 end at" in line.measured
+    assert "With radius 0.1 some starts show the documented pair (5), with 1e-5 none." in pair.measured
+    assert "ends at 0.0172" in pair.measured and "those of a radius near" not in pair.measured
+    assert "2370 of 3000 (79 %), which the verdict leaves out" in nearer.measured
+    assert "by 0.11 to 0.2 in the medians of the draws" in nearer.measured
+
+
 def test_counts_over_random_starts_are_those_of_the_starts():
     options = {"problem": "plane", "half": 4.5, "rho": 0.1, "starts": 60, "lr": 0.1, "steps": 300, "pairs": 5}
     found = toys.run(Trial("sam", 5, options), None)

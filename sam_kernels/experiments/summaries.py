@@ -71,7 +71,7 @@ def differences(
         ]
         name = f"{pictures.label(arm)} less {pictures.label(against)}"
         lines.append([name, *(_difference(difference, digits) for difference, digits in found)])
-    note = "Mean ± standard error; with * more than two standard errors from zero."
+    note = "Mean ± standard error; with * the 95 % interval (Student's t) leaves out zero."
     return Table(title, ["", *columns], lines, note)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,7 @@ def slopes(rows: Sequence[Row], name: str) -> Difference:
             points = found.setdefault(row["seed"], [])
             points.append((math.log2(BATCH / m), tables.value_of(row, name)))
     whole = {seed: points for seed, points in found.items() if len(points) == len(SIZES)}
-    values = tuple(_slope(points) for points in whole.values())
-    mean, spread = mean_and_spread(values)
-    return Difference(tuple(whole), values, mean, spread / math.sqrt(len(values)) if values else math.nan)
+    return Difference.of(tuple(whole), [_slope(points) for points in whole.values()])
 
 
 def _slope(points: Sequence[tuple[float, float]]) -> float:
@@ -148,10 +147,7 @@ def _of(bounds: Sequence[Row], problem: str) -> list[Row]:
 def _above(rows: Sequence[Row], index: int) -> Difference:
     """Mean squared gradient norm less bound, at one of the horizons."""
     found = [row["numbers"]["at"][index] for row in rows]
-    values = tuple(at["mean"] - at["bound"] for at in found)
-    mean, spread = mean_and_spread(values)
-    seeds = tuple(row["seed"] for row in rows)
-    return Difference(seeds, values, mean, spread / math.sqrt(len(values)) if values else math.nan)
+    return Difference.of([row["seed"] for row in rows], [at["mean"] - at["bound"] for at in found])
 
 
 def _is_bounded(bounds: Sequence[Row]) -> Claim:
@@ -165,7 +161,7 @@ def _is_bounded(bounds: Sequence[Row]) -> Claim:
         whole = together("", judged)
         largest = max((at["share"] for row in rows for at in row["numbers"]["at"]), default=math.nan)
         said = f"at most {largest:.2f} of the bound in any run, of {len(rows)}" if rows else "no runs yet"
-        parts.append(Claim("", f"{problem.capitalize()}: {said}.", whole.verdict))
+        parts.append(replace(whole, measured=f"{problem.capitalize()}: {said}."))
     return together(
         "With a learning rate and a radius that fall as 1/sqrt(t), the mean squared gradient norm is at most "
         "C1/sqrt(T) + C2 log(T)/sqrt(T).",
@@ -235,11 +231,12 @@ EXPERIMENT = Experiment(
     The bound is checked where its constants are known: on a quadratic with noise and on a logistic
     regression, both with lr_t = lr_0/sqrt(t) and rho_t = rho_0/sqrt(t), lr_0 = 1/(2 L), rho_0 = 0.1, up
     to {HORIZONS[-1]:,} steps. L is exact or an upper bound; for the variance of the noise and for the
-    largest gradient G the largest values of the run stand in, so the bound is as tight as it can be.
+    largest gradient G the largest values of the run stand in, which makes the bound tighter than constants
+    that are known beforehand would.
 
     That smaller m is better agrees if both the test accuracy rises and the test loss falls with every
-    halving of m, by least squares over all m. The bound agrees if the mean of the seeds is below it by
-    two standard errors at every T. {RULE}
+    halving of m, by least squares over all m. The bound agrees if the 95 % interval of
+    the mean of the seeds lies below it at every T. {RULE}
     """,
     source="the review of SAM by Liu, Chen and Shi, sections on m-sharpness and convergence",
     trials=trials,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -118,15 +119,19 @@ def findings(rows: Sequence[Row]) -> Findings:
     )
 
 
+def _test_loss(row: Row) -> float:
+    loss = tables.value_of(row, "test_loss")
+    return math.inf if math.isnan(loss) else loss
+
+
 def _best(good: list[Row]) -> Table:
     """The document's way: of several runs the best, here by test loss."""
     lines = []
     for arm in EPOCHS:
         runs = tables.of(good, arm)
         if runs:
-            best = min(runs, key=lambda row: float(row["numbers"]["test_loss"]))
-            numbers = best["numbers"]
-            shown = [f"{numbers[name]:.{digits}f}" for name, digits in COLUMNS.values()]
+            best = min(runs, key=_test_loss)
+            shown = [f"{tables.value_of(best, name):.{digits}f}" for name, digits in COLUMNS.values()]
             lines.append([pictures.label(arm), *shown, str(len(runs))])
     return Table(
         "The best run of each, as the document reports it",

@@ -70,6 +70,7 @@ BALLS: dict[str, Arm] = {
     "sgd, no L2": Arm(None, decays=False),
 }
 TIMES = "step times"
+VARYING = ("ae_sam", "rst")  # which steps perturb is up to the gradients, or to chance
 
 
 def protocol() -> str:
@@ -99,9 +100,10 @@ nearly all recipes fit the data.
 
 Step times are measured with nothing beside them, on one thread, on a larger network (64-{TIMED_HIDDEN[0]}-
 {TIMED_HIDDEN[1]}-10, {timed:,} parameters, batches of {TIMED_BATCH}) where gradients cost more than the
-calls around them: blocks of {step_times.BLOCK} steps beside blocks of torch's SGD in turn, median of the
-ratios. In the first block, which is not counted, SSAM-F makes its mask. Other networks and machines have
-other ratios.
+calls around them: {step_times.ROUNDS} blocks of {step_times.BLOCK} steps beside blocks of torch's SGD in
+turn, median of the ratios. AE-SAM and RST perturb in more steps of one block than of another, so a median
+would not be their mean cost: theirs is the time of all blocks divided by that of SGD's beside them. In the
+first block, which is not counted, SSAM-F makes its mask. Other networks and machines have other ratios.
 
 Balls: with {BALLS_AT:.0%} wrong labels SAM also runs with p = 1 and p = inf, with the radius that gives
 their perturbation the same Euclidean length of {RHO} ({RHO} and {RHO} / sqrt(number of weights), of which
@@ -150,7 +152,9 @@ def run(trial: Trial, data: Path | None) -> dict[str, Any]:
     """Train one arm and measure it; or time all of them."""
     is_quick = bool(trial.options.get("quick"))
     if trial.arm == TIMES:
-        return time_all(_split(trial, data, 0.0), *((1, 1) if is_quick else (24, step_times.BLOCK)))
+        return time_all(
+            _split(trial, data, 0.0), *((1, 1) if is_quick else (step_times.ROUNDS, step_times.BLOCK))
+        )
     noise = trial.options["noise"]
     split = _split(trial, data, noise)
     arm = {**ARMS, **BALLS}[trial.arm]
@@ -199,7 +203,7 @@ def time_all(split: Split, rounds: int, block: int) -> dict[str, Any]:
         return lambda: steps(model, split, arm.recipe, batch=TIMED_BATCH, **keywords)
 
     others = {name: stepping(arm) for name, arm in ARMS.items() if arm.times == 1}
-    return {"times": step_times.beside(stepping(ARMS["sgd"]), others, rounds, block=block)}
+    return {"times": step_times.beside(stepping(ARMS["sgd"]), others, rounds, block=block, varying=VARYING)}
 
 
 def findings(rows: list[Row]) -> Findings:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from ... import pictures, tables
 from ...experiment import Claim, Row
-from ...verdicts import Verdict, judge, together
+from ...verdicts import Judged, Verdict, judge, together
+from .step_times import ROUNDS
 
 # As the encyclopedia article groups them.
 FAMILIES = {
@@ -65,13 +66,18 @@ def _doubled(times: Times) -> Claim:
     if SAM not in times:
         return Claim(says, "Step times have not been measured yet.", "not measured")
     found = times[SAM]
-    low, high = found["ratio"] - 2 * found["error"], found["ratio"] + 2 * found["error"]
+    width = tables.t_quantile(_rounds(found)) * found["error"]
+    low, high = found["ratio"] - width, found["ratio"] + width
     measured = (
         f"A step of SAM takes {_time(found)} times one of SGD (median and standard error); 1.8 to 2.2 counts "
-        "as doubled, with two standard errors around it inside."
+        f"as doubled, with the whole 95 % interval, {low:.2f} to {high:.2f}, inside."
     )
     is_inside, is_outside = 1.8 <= low and high <= 2.2, high < 1.8 or low > 2.2
     return Claim(says, measured, "agrees" if is_inside else "disagrees" if is_outside else "undecided")
+
+
+def _rounds(found: Mapping[str, float]) -> int:
+    return int(found.get("rounds", ROUNDS))
 
 
 def _time(found: Mapping[str, float]) -> str:
@@ -87,8 +93,10 @@ def _cheaper(times: Times) -> Claim:
     parts = []
     for arm in members:
         less = times[SAM]["ratio"] - times[arm]["ratio"]
-        is_clear = abs(less) > 2 * math.hypot(times[SAM]["error"], times[arm]["error"])
-        verdict: Verdict = "undecided" if not is_clear else "agrees" if less > 0 else "disagrees"
-        parts.append(Claim("", f"{pictures.label(arm)}: {_time(times[arm])} times SGD's step.", verdict))
+        error = math.hypot(times[SAM]["error"], times[arm]["error"])
+        doubt = tables.p_value(abs(less), error, _rounds(times[arm]))
+        verdict: Verdict = "undecided" if doubt >= tables.LEVEL else "agrees" if less > 0 else "disagrees"
+        said = f"{pictures.label(arm)}: {_time(times[arm])} times SGD's step."
+        parts.append(Judged("", said, verdict, doubt if less < 0 else 1.0))
     found = together(says, parts)
     return Claim(says, f"{found.measured} SAM: {_time(times[SAM])}.", found.verdict)

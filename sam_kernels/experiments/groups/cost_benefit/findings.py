@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from ... import pictures, tables
@@ -35,7 +35,8 @@ def findings(
     accuracies = {arm: statistics.fmean(found) for arm in arms if (found := tables.values(means, "all", arm))}
     gains = {arm: tables.paired(means, "wrong", arm, SGD) for arm in arms if arm in accuracies and arm != SGD}
     costs = {arm: _cost(arm, times) for arm in arms}
-    chosen = front({arm: (costs[arm], accuracies[arm]) for arm in accuracies if costs[arm] is not None})
+    points = {arm: (costs[arm], accuracies[arm]) for arm in accuracies if costs[arm] is not None}
+    chosen = front(points, _spread(times), lambda b, a: tables.paired(means, "all", b, a))
     numbers = {
         "step times": {arm: dict(found) for arm, found in times.items()},
         "accuracy over all noise": accuracies,
@@ -77,22 +78,47 @@ def over_noise(rows: Sequence[Row], arms: Sequence[str], noises: Sequence[float]
     return found
 
 
-def front(points: Mapping[str, tuple[float | None, float]]) -> list[str]:
-    """The names that nothing beats: no other costs as little or less and brings as much or more.
+def front(
+    points: Mapping[str, tuple[float | None, float]],
+    spread: float = 0.0,
+    gain: Callable[[str, str], tables.Difference] | None = None,
+) -> list[str]:
+    """The names that nothing beats clearly.
+
+    One beats another if it takes clearly less time and its gain is at least as large, or if its gain is
+    clearly larger and it does not take clearly more time.
 
     Args:
         points: (cost, gain) by name.
+        spread: share by which costs must differ to be told apart.
+        gain: what one has more than the other, by both names, in pairs; without any, the two are not
+            compared. Default: the difference of the points, every one of which is clear.
 
     Example:
         >>> front({"sgd": (1.0, 90.0), "sam": (2.0, 92.0), "dear": (3.0, 91.0)})
         ['sgd', 'sam']
     """
-    at = {name: (cost, gain) for name, (cost, gain) in points.items() if cost is not None}
-    return [
-        name
-        for name, (cost, gain) in at.items()
-        if not any(c <= cost and g >= gain and (c, g) != (cost, gain) for c, g in at.values())
-    ]
+    at = {name: (cost, found) for name, (cost, found) in points.items() if cost is not None}
+
+    def beats(b: str, a: str) -> bool:
+        (cost_b, gain_b), (cost_a, gain_a) = at[b], at[a]
+        is_cheaper, is_dearer = cost_b * (1 + spread) < cost_a, cost_a * (1 + spread) < cost_b
+        if gain is None:
+            more, is_clear = gain_b - gain_a, gain_b != gain_a
+        else:
+            found = gain(b, a)
+            more, is_clear = found.mean, found.is_clear
+        return (is_cheaper and more >= 0) or (is_clear and more > 0 and not is_dearer)
+
+    return [a for a in at if not any(beats(b, a) for b in at if b != a)]
+
+
+def _spread(times: Times) -> float:
+    """How far the quartiles of SGD beside itself are apart, as a share of its time; 0 where unknown."""
+    if SGD not in times:
+        return 0.0
+    found = (times[SGD]["high"] - times[SGD]["low"]) / times[SGD]["ratio"]
+    return found if math.isfinite(found) else 0.0
 
 
 def _cost(arm: str, times: Times) -> float | None:
@@ -139,9 +165,13 @@ def _to_choose_by(
         )
     notes = [
         "Means over seeds. Sorted by the test accuracy over all shares of wrong labels, %, ± standard "
-        "deviation; * marks what nothing in the table beats in both accuracy and time. Without wrong labels: "
-        "gap in points, sharpness in thousandths, top eigenvalue. Gradients of a step, and its time as a "
-        "multiple of SGD's; twice the epochs count double.",
+        "deviation; * marks what nothing in the table beats clearly: no other takes clearly less time and "
+        "is at least as accurate in the seeds that both have, and no other is clearly more accurate in "
+        "these (the 95 % interval of their differences is above zero) without taking clearly more time. "
+        "Clearly less or more time: by more than the quartiles of SGD beside itself are apart, "
+        f"{_spread(times):.1%}. Without wrong labels: gap in points, sharpness in thousandths, top "
+        "eigenvalue. Gradients of a step, and its time as a multiple of SGD's (AE-SAM and RST: all blocks "
+        "together, the others: median of the blocks); twice the epochs count double.",
         _control(times) if times else "Step times have not been measured yet.",
         missing([row for row in rows if row["options"]["noise"] == 0], arms),
     ]
@@ -215,8 +245,8 @@ def _families(means: list[Row], times: Times) -> Table:
         "Families of the article",
         ["family", "recipe", "time", "accuracy less SGD's", "less SAM's"],
         lines,
-        "Accuracies: points, mean over the shares of wrong labels above 0, ± standard error in pairs; * is "
-        "more than two of those from zero. SAMPa runs on one device here, where nothing is parallel.",
+        "Accuracies: points, mean over the shares of wrong labels above 0, ± standard error in pairs; with * "
+        "the 95 % interval leaves out zero. SAMPa runs on one device here, where nothing is parallel.",
     )
 
 
@@ -245,6 +275,6 @@ def _balls(rows: list[Row], arms: list[str], noise: float) -> Table:
         arms,
         columns,
         more={"accuracy less SAM's": against},
-        note="The last column: mean ± standard error in pairs; * is more than two of those from zero.",
+        note="The last column: mean ± standard error in pairs; with * the 95 % interval leaves out zero.",
         noise=noise,
     )

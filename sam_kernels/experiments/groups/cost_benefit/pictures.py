@@ -45,7 +45,7 @@ def draw(
     pictures.save(
         drawn,
         path,
-        "Left: means over seeds and shares of wrong labels; the line joins those that nothing beats in both. "
+        "Left: means over seeds and shares of wrong labels; large dots: nothing beats these clearly. "
         "Right: means, and bands from the lowest to the highest seed.",
     )
 
@@ -66,8 +66,6 @@ def _scatter(axes: Any, points: Mapping[str, tuple[float, float]], chosen: Seque
     if not points:
         axes.text(0.5, 0.5, "step times have not been measured", ha="center", transform=axes.transAxes)
         return
-    line = sorted(points[arm] for arm in chosen if arm in points)
-    axes.plot(*zip(*line, strict=True), color=pictures.GREY, linewidth=1.2, zorder=1)
     right = max(cost for cost, _ in points.values())
     gains = [gain for _, gain in points.values()]
     low, high = min(gains), max(gains)

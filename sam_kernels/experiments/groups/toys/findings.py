@@ -69,6 +69,11 @@ def _line_claims(rows: list[Row]) -> list[Claim]:
         out = " and ".join(str(row["numbers"]["leave_sharp"]) for row in small)
         measured += f" With rho {radii}, less than the way to the barrier, it takes {out} out."
     agrees = a["leave_sharp"] < a["from_sharp"] and b["leave_sharp"] == b["from_sharp"]
+    if agrees:
+        measured += (
+            " So this agrees in part: SAM leaves with a radius that was chosen to reach over the barrier; "
+            f"{b['flat']} of all {sam[0]['options']['starts']} starts end at the flat minimum."
+        )
     return [Claim(says, measured, "agrees" if agrees else "disagrees")]
 
 
@@ -160,20 +165,22 @@ def _plane_claims(plane: list[Row], grid: list[Row], start: list[Row]) -> list[C
             )
         )
     text = "; ".join(parts) + "."
-    if not shown and _total(large, "documented"):
-        text += " The documented figures are those of a radius near 0.1, not of 1e-5."
+    if not shown and (some := _total(large, "documented")):
+        text += f" With radius 0.1 some starts show the documented pair ({some}), with 1e-5 none."
+    tops = {row["options"]["rho"]: row["numbers"]["top"] for row in start}
+    if 0.1 in tops:
+        text += f" From (2, 1.3) SAM with rho 0.1 ends at {tops[0.1]:.4f}."
     first = Claim(pair, text, "agrees" if shown else "disagrees")
 
     def said(rows: list[Row], rho: str) -> str:
-        middle = max(row["numbers"]["median_nearer"] for row in rows)
-        return (
-            f"with rho {rho} {_total(rows, 'nearer')} of {_total(rows, 'finite')} starts end nearer, by "
-            f"{middle:.1g} in the median"
-        )
+        medians = [m for row in rows if (m := row["numbers"]["median_nearer"]) is not None]
+        by = " to ".join(dict.fromkeys(f"{f(medians):.2g}" for f in (min, max))) if medians else "nothing"
+        which = "the median" if len(medians) == 1 else "the medians of the draws"
+        return f"with rho {rho} {_share(rows)} starts end nearer, by {by} in {which}"
 
     text = f"{said(documented, '1e-5')}; {said(large, '0.1')}."
     if wide:
-        text += f" From the wider square, with 1e-5: {_total(wide, 'nearer')} of {_total(wide, 'finite')}."
+        text += f" From the wider square, with 1e-5: {_share(wide)}, which the verdict leaves out."
     away = {row["options"]["rho"]: row["numbers"]["distance"] for row in start}
     if {0.0, 0.1} <= away.keys():
         a, b = away[0.0], away[0.1]
@@ -184,6 +191,12 @@ def _plane_claims(plane: list[Row], grid: list[Row], start: list[Row]) -> list[C
 
 def _total(rows: list[Row], name: str) -> int:
     return sum(row["numbers"][name] for row in rows)
+
+
+def _share(rows: list[Row]) -> str:
+    """How many of the starts end nearer."""
+    nearer, finite = _total(rows, "nearer"), _total(rows, "finite")
+    return f"{nearer} of {finite} ({100 * nearer / max(1, finite):.0f} %)"
 
 
 def _largest(rows: list[Row], name: str) -> float:
