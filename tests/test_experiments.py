@@ -510,7 +510,7 @@ def test_pairs_share_a_seed_and_the_error_is_that_of_their_mean():
     assert difference.seeds == (0, 1) and difference.values == (1.0, 3.0)
     assert difference.mean == 2.0 and difference.error == pytest.approx(math.sqrt(2) / math.sqrt(2))
     assert difference.said(1) == (
-        "+2.0 ± 1.0 (mean and standard error of 2 pairs), not more than two standard errors"
+        "+2.0 ± 1.0 (mean and standard error of 2 pairs; 95 % interval -10.7 to +14.7)"
     )
     assert not tables.paired(found, "x", "sam", "adam").is_clear
     assert tables.paired(found, lambda r: -r["numbers"]["x"], "sam", "sgd").mean == -2.0
