@@ -572,3 +572,16 @@ def test_every_recipe_has_a_color_of_its_own():
     assert set(recipes.names()) <= set(pictures.LOOKS)
     chosen = [pictures.color(name) for name in [*recipes.names(), "sgd", "adam", "adamw"]]
     assert len(set(chosen)) == len(chosen)
+
+
+def test_the_readme_counts_the_verdicts_as_the_page_has_them():
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    readme = (ROOT / "README.md").read_text().partition("\n## Experiments\n")[2]
+    for name in registry.names():
+        block = page[page.index(f"<!-- begin {name} -->") : page.index(f"<!-- end {name} -->")]
+        counts = [
+            block.count(f"**Our numbers {says}.**") for says in ("agree", "disagree", "do not decide it")
+        ]
+        assert sum(counts), name
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{name}` |"))
+        assert [int(cell.strip() or 0) for cell in row.split("|")[3:6]] == counts, name

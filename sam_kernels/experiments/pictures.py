@@ -189,7 +189,7 @@ def bars_with_dots(
         axes.tick_params(axis="y", length=0)
         axes.margins(x=0.15)
     else:
-        axes.set_xticks(range(len(shown)), names)
+        axes.set_xticks(range(len(shown)), [name.replace(", ", ",\n", 1) for name in names])
         axes.set_xlim(-0.6, max(1, len(shown)) - 0.4)
         axes.tick_params(axis="x", length=0)
         axes.margins(y=0.15)

@@ -276,7 +276,8 @@ def _draw_slopes(place: Any, slopes: Sequence[Row]) -> None:
         place.plot(
             [low, high], [top, top * math.sqrt(low / high)], ":", color=pictures.GREY, label="1/sqrt(K)"
         )
-        place.legend(frameon=False, fontsize=9)
+        place.set_ylim(top=30 * place.get_ylim()[1])  # room for the names above the lines
+        place.legend(frameon=False, fontsize=9, loc="upper right")
 
 
 EXPERIMENT = Experiment(
