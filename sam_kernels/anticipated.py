@@ -58,9 +58,10 @@ def evaluate(opt: SAM, closure: Closure, ahead: Closure) -> Any:
             opt._record.note_gradient(served, opt._scale_left)
         opt._measure = perturbation.measure(served, opt.recipe)
         perturbation.perturb(served, opt._measure)
-        opt._record.note_ascent(opt, served, opt._measure, opt._scale_left)
         if opt.measures:
             opt._record.note_move(served, is_first=True)
+        else:
+            opt._record.note_ascent(opt, served, opt._measure, opt._scale_left)
     except BaseException:
         opt._abandon()
         raise

@@ -73,7 +73,7 @@ class Record:
         metrics = {metric for group, _ in served for _, metric, _ in group.keys}
         if not isinstance(recipe.metric, Euclidean) or recipe.metric.p != 2 or metrics - {EUCLIDEAN, FIXED}:
             return
-        if not opt.measures and isinstance(recipe.direction, Gradient) and _sees_all(recipe, metrics):
+        if isinstance(recipe.direction, Gradient) and _sees_all(recipe, metrics):
             self.grads.append(found.norm)
             self.scale = scale
         rhos = {index: number(opt.param_groups[index][opt._rho_key]) for index in _indices(served)}
@@ -81,7 +81,7 @@ class Record:
         is_one = all(rho is first or (not isinstance(rho, Tensor) and rho == first) for rho in rhos.values())
         is_one_ascent = not isinstance(recipe.probe, MultiStep | RandomStart | Lookbehind)
         is_whole = isinstance(recipe.mask, Dense | ByName | ByModule)
-        if not opt.measures and is_one and is_one_ascent and is_whole:
+        if is_one and is_one_ascent and is_whole:
             self.ascents.append((found.norm, first, recipe.eps))
             self.index = next(iter(rhos))
 

@@ -279,7 +279,8 @@ class Steps:
             self._evolve_masks_by(served, gradients)
             self._prepare_gradients(served)
             perturbation.perturb(served, found)
-            self._record.note_ascent(self, served, found, self._scale_left)  # type: ignore[arg-type]
+            if not self.measures:
+                self._record.note_ascent(self, served, found, self._scale_left)  # type: ignore[arg-type]
         else:
             probing.ascend_further(served, found)
             if before is not None:

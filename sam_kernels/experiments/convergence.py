@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from statistics import linear_regression
 from typing import Any, Literal
 
 import torch
@@ -306,5 +307,4 @@ def slope_trial(
 def _slope(points: Sequence[tuple[float, float]]) -> float:
     """Of the line of least squares through the logarithms."""
     xs, ys = zip(*((math.log(x), math.log(y)) for x, y in points), strict=True)
-    mx, my = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / sum((x - mx) ** 2 for x in xs)
+    return linear_regression(xs, ys).slope

@@ -70,18 +70,9 @@ def differences(
             (tables.paired(good, name, arm, against, **options), digits) for name, digits in columns.values()
         ]
         name = f"{pictures.label(arm)} less {pictures.label(against)}"
-        lines.append([name, *(_difference(difference, digits) for difference, digits in found)])
+        lines.append([name, *(difference.starred(digits) for difference, digits in found)])
     note = "Mean ± standard error; with * the 95 % interval (Student's t) leaves out zero."
     return Table(title, ["", *columns], lines, note)
-
-
-def _difference(found: tables.Difference, digits: int) -> str:
-    if not found.values:
-        return "–"
-    mean = f"{found.mean:+.{digits}f}"
-    if math.isnan(found.error):
-        return mean
-    return f"{mean} ± {found.error:.{digits}f}{' *' if found.is_clear else ''}"
 
 
 def curves(

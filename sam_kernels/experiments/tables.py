@@ -142,6 +142,15 @@ class Difference:
             f"interval {low:+.{digits}f} to {high:+.{digits}f})"
         )
 
+    def starred(self, digits: int = 2) -> str:
+        """For a cell: mean and standard error, with * where the 95 % interval leaves out zero."""
+        if not self.values:
+            return "–"
+        mean = f"{self.mean:+.{digits}f}"
+        if math.isnan(self.error):
+            return mean
+        return f"{mean} ± {self.error:.{digits}f}{' *' if self.is_clear else ''}"
+
 
 def t_quantile(n: int, level: float = LEVEL) -> float:
     """How many standard errors from a mean of n values the interval of 1 - level reaches; nan for n < 2.

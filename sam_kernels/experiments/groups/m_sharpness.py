@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 from .. import pictures, tables
@@ -120,12 +121,9 @@ def slopes(rows: Sequence[Row], name: str) -> Difference:
             points = found.setdefault(row["seed"], [])
             points.append((math.log2(BATCH / m), tables.value_of(row, name)))
     whole = {seed: points for seed, points in found.items() if len(points) == len(SIZES)}
-    return Difference.of(tuple(whole), [_slope(points) for points in whole.values()])
-
-
-def _slope(points: Sequence[tuple[float, float]]) -> float:
-    x_mean, y_mean = (sum(values) / len(points) for values in zip(*points, strict=True))
-    return sum((x - x_mean) * (y - y_mean) for x, y in points) / sum((x - x_mean) ** 2 for x, _ in points)
+    return Difference.of(
+        tuple(whole), [linear_regression(*zip(*points, strict=True)).slope for points in whole.values()]
+    )
 
 
 def _smaller_is_better(good: list[Row]) -> Claim:

@@ -217,7 +217,7 @@ def _table(rows: list[Row], means: list[Row], sets: list[str], measure: str, lac
         mine = [row for row in rows if row["arm"] == arm]
         cells = [tables.cell(_of_set(mine, name, measure), 1) for name in sets]
         gain = tables.paired(means, measure, arm, "adam")
-        said = "" if arm == "adam" else gain.said(2) if len(gain.values) < 2 else _short(gain)
+        said = "" if arm == "adam" else gain.said(2) if len(gain.values) < 2 else gain.starred()
         lines.append([pictures.label(arm), *cells, said])
     note = (
         "Percent, mean ± standard deviation over seeds; digits have ten classes, so chance is 10. The last "
@@ -228,10 +228,6 @@ def _table(rows: list[Row], means: list[Row], sets: list[str], measure: str, lac
     return Table(
         f"{MEASURES[measure]}: accuracy on the target", columns, lines, " ".join([note, lacking]).strip()
     )
-
-
-def _short(gain: tables.Difference) -> str:
-    return f"{gain.mean:+.2f} ± {gain.error:.2f}" + (" *" if gain.is_clear else "")
 
 
 def _of_set(rows: list[Row], name: str, measure: str) -> list[float]:

@@ -238,7 +238,7 @@ def _families(means: list[Row], times: Times) -> Table:
     lines = []
     for family, members in FAMILIES.items():
         for arm in members:
-            gains = [_gain(tables.paired(means, "wrong", arm, against)) for against in (SGD, SAM)]
+            gains = [tables.paired(means, "wrong", arm, against).starred(1) for against in (SGD, SAM)]
             lines.append([family, pictures.label(arm), _said(_cost(arm, times)), *gains])
             family = ""
     return Table(
@@ -248,13 +248,6 @@ def _families(means: list[Row], times: Times) -> Table:
         "Accuracies: points, mean over the shares of wrong labels above 0, ± standard error in pairs; with * "
         "the 95 % interval leaves out zero. SAMPa runs on one device here, where nothing is parallel.",
     )
-
-
-def _gain(found: tables.Difference) -> str:
-    if not found.values:
-        return "–"
-    error = "" if math.isnan(found.error) else f" ± {found.error:.1f}"
-    return f"{found.mean:+.1f}{error}" + " *" * found.is_clear
 
 
 def _balls(rows: list[Row], arms: list[str], noise: float) -> Table:
@@ -268,7 +261,7 @@ def _balls(rows: list[Row], arms: list[str], noise: float) -> Table:
     against = {}
     for arm in arms:
         if arm != SAM:
-            against[arm] = _gain(tables.paired(good, "test_accuracy", arm, SAM, noise=noise))
+            against[arm] = tables.paired(good, "test_accuracy", arm, SAM, noise=noise).starred(1)
     return scores(
         f"Balls and the L2 term, {noise:.0%} wrong labels",
         rows,
