@@ -1,7 +1,7 @@
 // The Python face of the C ABI: a Plan per layout of a parameter list, over tables of addresses.
 //
-// No torch header and no torch library: tensors are Python objects with a data_ptr() method, and
-// device scalars arrive as addresses. See note: [addresses].
+// No torch header and no torch library: tensors are Python objects, and device scalars arrive as
+// addresses. See note: [addresses] here and note: [tensors] in tensors.h.
 
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "sam_kernels.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
@@ -70,6 +71,13 @@ py::object call(PyObject* tensor, PyObject* name) {
   PyObject* result = PyObject_VectorcallMethod(name, &tensor, 1, nullptr);
   if (result == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(result);
+}
+
+// The address of a tensor's first element; null where it has none.
+void* address_of(PyObject* tensor) {
+  tensors::View view;
+  if (tensors::look_at(tensor, &view)) return view.address();
+  return PyLong_AsVoidPtr(call(tensor, names().data_ptr).ptr());
 }
 
 std::string where(const char* list, std::size_t index) {
@@ -163,8 +171,8 @@ class Plan {
   Plan& operator=(const Plan&) = delete;
 
   // note: [addresses]
-  // Gradients are new tensors after every backward, so each pass reads its addresses again, by
-  // Tensor.data_ptr through vectorcall: well below 100 ns a tensor, and no torch symbol is needed.
+  // Gradients are new tensors after every backward, so each pass reads its addresses again: well below 100 ns
+  // a tensor.
   // What the tensor group vouches for (device, dtype, size and strides of parameters, gradients,
   // snapshots) is not checked again. Lists from elsewhere name the dtype they must have, and are checked
   // for device and size too; state, whose tensors are the same for many steps, is held on to and checked
@@ -192,7 +200,7 @@ class Plan {
       }
       const bool is_mask = slot == kMasks || slot == kWithin || slot == kOffsets;
       const std::int64_t numel = slot == kSteps ? 1 : is_mask ? (numel_[t] + 63) / 64 : numel_[t];
-      void* data = PyLong_AsVoidPtr(call(tensor, names().data_ptr).ptr());
+      void* data = address_of(tensor);
       // A held tensor is checked again where its memory was exchanged under it.
       const bool is_known = hold && table.held[t].ptr() == tensor && table.data[t] == data;
       if (!must_be.is_none() && !is_known) {
@@ -593,6 +601,18 @@ PYBIND11_MODULE(_native, m) {
                             {"OFFSETS", kOffsets}}) {
     m.attr(name) = slot;
   }
+
+  py::class_<tensors::Watch> watch(m, "Watch", py::module_local());
+  watch.def(py::init<const py::list&>())
+      .def("look", &tensors::Watch::look)
+      .def("gradients", &tensors::Watch::gradients);
+  watch.attr("UNSURE") = static_cast<int>(tensors::Watch::kUnsure);
+  watch.attr("MOVED") = static_cast<int>(tensors::Watch::kMoved);
+  watch.attr("SAME") = static_cast<int>(tensors::Watch::kSame);
+  m.def("set_exchange", &tensors::set_exchange);
+  m.def("has_values", &tensors::has_values);
+  m.def("hold", &tensors::hold);
+  m.def("are_same", &tensors::are_same);
 
   m.def("set_thread_pool", [](std::uintptr_t parallel_for, std::uintptr_t num_threads) {
     samk_set_thread_pool(reinterpret_cast<samk_parallel_for_fn>(parallel_for),

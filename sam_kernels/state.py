@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .sharding import local, wrapped
 from .tensor_groups import TensorGroup, has_none, number
+from .watch import are_same, has_values, hold
 
 # State of the shape of its parameter, and spread over ranks like it; Adam's step is neither.
 _LIKE_WEIGHTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
@@ -127,12 +127,18 @@ def _momentum(base: Optimizer, group: TensorGroup, guard: Tensor | None) -> dict
     with_momentum = [base.param_groups[key[0]]["momentum"] != 0 for key in group.keys]
     if not any(with_momentum):
         return {"momentum_buffer": [None] * len(group.params), "fresh": []}
-    buffers = [entry.get("momentum_buffer") for entry in _entries(base, group)]
+    found = _entries(base, group)
+    has_all = group.has_all_grads and all(with_momentum)
+    held: dict[str, list[Any]] | None = group.cache.get("momentum")
+    if held is not None and has_all and _hold(found, held, group.has_dtensors):
+        return {**held, "fresh": []}
+    buffers = [entry.get("momentum_buffer") for entry in found]
     if group.has_dtensors:
         buffers = list(map(local, buffers))
     fresh: list[bool] = []
-    if all(with_momentum) and group.has_all_grads and not has_none(buffers):
+    if has_all and not has_none(buffers):
         _fit(base, group, "momentum_buffer", buffers)
+        group.cache["momentum"] = {"momentum_buffer": buffers}
         return {"momentum_buffer": buffers, "fresh": fresh}
     wanted = [grad is not None and with_momentum[r] for grad, r in zip(group.grads, group.row, strict=True)]
     buffers = [buffer if want else None for buffer, want in zip(buffers, wanted, strict=True)]
@@ -191,33 +197,26 @@ def _moments(
 
 
 def _hold(entries: list[dict[str, Any]], tensors: dict[str, list[Any]], has_dtensors: bool) -> bool:
-    """Whether the entries hold these very tensors, asked without a Python loop over thousands of them."""
-    try:
-        if has_dtensors:
-            return all(
-                all(map(is_, map(local, map(itemgetter(name), entries)), tensors[name])) for name in tensors
-            )
-        return all(all(map(is_, map(itemgetter(name), entries), tensors[name])) for name in tensors)
-    except KeyError:
-        return False
+    """Whether the entries hold these very tensors."""
+    if not has_dtensors:
+        return all(hold(entries, name, tensors[name]) for name in tensors)
+    return all(are_same([local(entry.get(name)) for entry in entries], tensors[name]) for name in tensors)
 
 
 def _entries(base: Optimizer, group: TensorGroup) -> list[dict[str, Any]]:
     """The state dict of each parameter, or an empty one; looked up again only when any was replaced."""
     state = base.state
-    present = list(map(id, state.values()))
-    if group.cache.get("state ids") != present or group.cache.get("state") is not state:
+    if group.cache.get("state") is not state or not has_values(state, group.cache["state values"]):
         # state.get, not state[...]: a defaultdict would grow entries for parameters without gradients.
         group.cache["state entries"] = [state.get(param, _NOTHING) for param in group.owners]
-        group.cache["state held"] = list(state.values())  # ids of dicts that live cannot be reused
-        group.cache["state ids"], group.cache["state"] = present, state
+        group.cache["state values"], group.cache["state"] = list(state.values()), state
     return group.cache["state entries"]
 
 
 def _fit(base: Optimizer, group: TensorGroup, name: str, tensors: list[Any]) -> None:
     """Fit state that a checkpoint or a moved model left in other strides, dtype or device, once per set."""
-    identities = list(map(id, tensors))
-    if group.cache.get(f"fitted {name}") == identities:
+    fitted = group.cache.get(f"fitted {name}")
+    if fitted is not None and are_same(fitted, tensors):
         return
     for t, tensor in enumerate(tensors):
         param = group.params[t]
@@ -237,9 +236,7 @@ def _fit(base: Optimizer, group: TensorGroup, name: str, tensors: list[Any]) -> 
         tensors[t] = _empty_like(param, group.kept_dtype).copy_(tensor)
         owner = group.owners[t]
         base.state[owner][name] = wrapped(tensors[t], owner)
-    # Ids alone could be reused after a free; holding the tensors keeps them honest.
-    group.cache[f"fitted {name}"] = list(map(id, tensors))
-    group.cache[f"held {name}"] = list(tensors)
+    group.cache[f"fitted {name}"] = list(tensors)
 
 
 def _empty_like(param: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ from .bitmask import count_bits, flatten, is_dense, unpack_from
 from .policies import Adaptive, Fisher, Member, Metric
 from .recipe import Recipe
 from .sharding import WHOLE, Sharding, is_dtensor, local, local_gradient, sharding_of, wrapped
+from .watch import MOVED, SAME, watch
 
 
 class Column(IntEnum):
@@ -130,6 +131,7 @@ class TensorGroup:
         self._layout = list(map(_layout_of, params))
         self._sizes = list(map(Tensor.numel, params))
         self._all_contiguous = all(p.is_contiguous() for p in params)
+        self._watch = None if self.has_dtensors else watch(params)
         self.participates = [keys[r][1] != FIXED for r in row]
         self._all_participate = all(self.participates)
 
@@ -140,6 +142,12 @@ class TensorGroup:
 
     def is_current(self) -> bool:
         """Whether the parameters still have the device, dtype, shape and strides the group was built for."""
+        seen = None if self._watch is None else self._watch.look()
+        if seen == SAME:
+            return True
+        if seen == MOVED:
+            self.settled = None  # other memory may hold other weights
+            return True
         if not self._holds_locals():
             return False
         params = self.params
@@ -271,6 +279,12 @@ class TensorGroup:
 
     def read_gradients(self) -> None:
         """Take the present gradients; where needed densify, cast or re-order them to fit the weights."""
+        found = None if self._watch is None else self._watch.gradients()
+        if found is not None:
+            self.grads, present = found
+            self.has_all_grads = present == len(self.params)
+            self.reads += 1
+            return
         grads = self.own_gradients()
         self.has_all_grads = True
         try:

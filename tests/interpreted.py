@@ -16,12 +16,13 @@ if not torch.cuda.is_available():
 
 from sam_kernels import backends
 from sam_kernels.backends import triton
+from sam_kernels.backends.triton.runtime import interpreter_problem
 
 
 def _problem() -> str | None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton compiles for the GPU here; TRITON_INTERPRET=1 runs its interpreter"
-    return triton.load()[1]
+    return interpreter_problem()
 
 
 PROBLEM = _problem()

@@ -41,6 +41,7 @@ REGISTERS_OF_THREAD, REGISTERS_OF_PROCESSOR = 255, 65536
 # never in a loop over blocks.
 SET_ASIDE = {
     ("sm_90", "float64", "descend adam masked"): 16,
+    ("sm_100", "bfloat16", "perturb linear adaptive at random"): 8,  # by the assembler of Triton 3.6
 }
 
 pytestmark = pytest.mark.slow

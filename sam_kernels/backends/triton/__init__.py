@@ -18,7 +18,7 @@ from ...tensor_groups import FISHER, TensorGroup
 from ..handover import count_descent, count_perturbation, count_write, has_momentum, measured, scalars
 from .plan import List, Plan, Table
 from .runtime import describe as describe
-from .runtime import device_problem, load
+from .runtime import device_problem, interpreter_problem, load
 
 # enum samk_moment, samk_shape, samk_rule
 _MOMENTS = {"square": 0, "peak": 1, "power": 2}
@@ -64,10 +64,9 @@ class Triton:
             return "the Triton passes keep whole snapshots; compact ones are served by foreach"
         if not group.dense:
             return "a parameter is a view with gaps or overlaps, and the Triton passes walk whole blocks"
-        problem = load()[1]
-        if problem is not None or self._device_type == "cpu":
-            return problem
-        return device_problem(group.device.index or 0)
+        if self._device_type == "cpu":
+            return interpreter_problem()
+        return load()[1] or device_problem(group.device.index or 0)
 
     def counts_on_device(self, group: TensorGroup) -> bool:
         """Whether step counters must live beside the tensors: the host cannot know of a skipped step."""

@@ -7,6 +7,7 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import torch
 
 OLDEST = (3, 6)
@@ -31,6 +32,12 @@ def version() -> str:
     return str(triton.__version__)
 
 
+def _number(text: Any) -> tuple[int, int] | None:
+    """The first two numbers of a version."""
+    found = re.match(r"(\d+)\.(\d+)", str(text))
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
 @functools.cache
 def load() -> tuple[Any, str | None]:
     """The kernels by name, or the sentence why there are none."""
@@ -45,10 +52,10 @@ def load() -> tuple[Any, str | None]:
         return None, f"Triton could not be imported: {problem}"
     except Exception as problem:  # whatever a broken installation raises, importing us does not
         return None, f"Triton could not be imported: {type(problem).__name__}: {problem}"
-    number = re.match(r"(\d+)\.(\d+)", str(getattr(triton, "__version__", "")))
+    number = _number(getattr(triton, "__version__", ""))
     if number is None:
         return None, f"what is imported as triton is not Triton, or has no version: {triton!r}"
-    if (int(number[1]), int(number[2])) < OLDEST:
+    if number < OLDEST:
         return None, (
             f"Triton {triton.__version__} is too old; the passes need {OLDEST[0]}.{OLDEST[1]} or newer, or "
             "use backend='foreach'"
@@ -88,6 +95,17 @@ def load() -> tuple[Any, str | None]:
         ),
         None,
     )
+
+
+def interpreter_problem() -> str | None:
+    """Why Triton's interpreter cannot run the kernels here, or None."""
+    problem = load()[1]
+    if problem is None and _number(version()) == (3, 6) and (_number(numpy.__version__) or ()) >= (2, 5):
+        return (
+            f"the interpreter of Triton {version()} works with numpy below 2.5, and this is "
+            f"{numpy.__version__}"
+        )
+    return problem
 
 
 @functools.cache
