@@ -223,6 +223,23 @@ class Plan {
     return present;
   }
 
+  // The gradients that a watch has just looked at need no second look. Returns how many there are, or -1 if
+  // these are others.
+  std::ptrdiff_t take(const tensors::Watch& watch, const py::list& grads, int dtype) {
+    const std::vector<void*>* const known = watch.addresses_of(grads);
+    if (known == nullptr || known->size() != numel_.size()) return -1;
+    Table& table = tables_[kGrads];
+    table.dtype = dtype;
+    table.data.resize(numel_.size());
+    std::ptrdiff_t present = 0;
+    for (std::size_t t = 0; t < numel_.size(); ++t) {
+      const bool is_there = PyList_GET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(t)) != Py_None;
+      present += is_there;
+      table.data[t] = is_there && (*known)[t] == nullptr ? &nothing : (*known)[t];
+    }
+    return present;
+  }
+
   // The words of the masks, or that no tensor has one.
   void forget_masks() {
     tables_[kMasks].data.clear();
@@ -564,6 +581,15 @@ PYBIND11_MODULE(_native, m) {
         return std::string(self.build_info());
       });
 
+  py::class_<tensors::Watch> watch(m, "Watch", py::module_local());
+  watch.def(py::init<const py::list&>())
+      .def("look", &tensors::Watch::look)
+      .def("gradients", &tensors::Watch::gradients)
+      .def("forget", &tensors::Watch::forget);
+  watch.attr("UNSURE") = static_cast<int>(tensors::Watch::kUnsure);
+  watch.attr("MOVED") = static_cast<int>(tensors::Watch::kMoved);
+  watch.attr("SAME") = static_cast<int>(tensors::Watch::kSame);
+
   py::class_<Plan>(m, "Plan", py::module_local())
       .def(py::init([](const py::list& numel, const py::list& row, std::shared_ptr<Library> library,
                        py::object device) {
@@ -575,6 +601,7 @@ PYBIND11_MODULE(_native, m) {
       }))
       .def("point", &Plan::point, py::arg("slot"), py::arg("name"), py::arg("tensors"), py::arg("dtype"),
            py::arg("must_be") = py::none(), py::arg("hold") = false)
+      .def("take", &Plan::take)
       .def("workspace_bytes", &Plan::workspace_bytes)
       .def("place", &Plan::place)
       .def("sq_norm", &Plan::sq_norm)
@@ -602,13 +629,6 @@ PYBIND11_MODULE(_native, m) {
     m.attr(name) = slot;
   }
 
-  py::class_<tensors::Watch> watch(m, "Watch", py::module_local());
-  watch.def(py::init<const py::list&>())
-      .def("look", &tensors::Watch::look)
-      .def("gradients", &tensors::Watch::gradients);
-  watch.attr("UNSURE") = static_cast<int>(tensors::Watch::kUnsure);
-  watch.attr("MOVED") = static_cast<int>(tensors::Watch::kMoved);
-  watch.attr("SAME") = static_cast<int>(tensors::Watch::kSame);
   m.def("set_exchange", &tensors::set_exchange);
   m.def("has_values", &tensors::has_values);
   m.def("hold", &tensors::hold);

@@ -171,22 +171,39 @@ class Watch {
     return seen;
   }
 
+  // Lets go of the gradients.
+  void forget() { grads_.clear(); }
+
+  // Their addresses, if these are the very tensors that were seen last and are still held; else null.
+  const std::vector<void*>* addresses_of(const py::list& grads) const {
+    if (grads_.size() != layouts_.size() || grads.size() != grads_.size()) return nullptr;
+    for (std::size_t t = 0; t < grads_.size(); ++t) {
+      if (PyList_GET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(t)) != grads_[t].ptr()) return nullptr;
+    }
+    return &grad_addresses_;
+  }
+
   // The gradients, and how many there are; None where one is not as dense and not in the same order as its
   // parameter.
-  py::object gradients() const {
+  py::object gradients() {
     static PyObject* const name = PyUnicode_InternFromString("grad");
     py::list found(layouts_.size());
     std::size_t present = 0;
+    forget();
+    grad_addresses_.resize(layouts_.size());
     for (std::size_t t = 0; t < layouts_.size(); ++t) {
       const auto place = static_cast<Py_ssize_t>(t);
       PyObject* const grad = PyObject_GetAttr(PyList_GET_ITEM(params_.ptr(), place), name);
       if (grad == nullptr) throw py::error_already_set();
       PyList_SET_ITEM(found.ptr(), place, grad);
+      grad_addresses_[t] = nullptr;
       if (grad == Py_None) continue;
       View view;
       if (!look_at(grad, &view) || !fits(t, view)) return py::none();
+      grad_addresses_[t] = view.address();
       ++present;
     }
+    for (py::handle grad : found) grads_.push_back(py::reinterpret_borrow<py::object>(grad));
     return py::make_tuple(std::move(found), present);
   }
 
@@ -207,6 +224,8 @@ class Watch {
   Dtype dtype_{};
   std::vector<Layout> layouts_;
   std::vector<void*> addresses_;
+  std::vector<py::object> grads_;
+  std::vector<void*> grad_addresses_;
 };
 
 // Whether the values of a dict are these very objects, in this order.

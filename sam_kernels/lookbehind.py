@@ -40,7 +40,7 @@ def step(opt: SAM, closure: Closure, probe: Lookbehind) -> Any:
         first: Lists = []
         for number in range(probe.k):
             opt._evaluate_all([closure], number + 1)
-            if opt._present_layout() != opt._layout:
+            if not opt._has_layout():
                 raise RuntimeError(
                     "step(): parameters were added or removed during a step. The weights are restored and no "
                     "step was taken; do so between steps"

@@ -60,6 +60,7 @@ from .sharding import flat_shardings, fsdp_modules, local
 from .slots import Slots
 from .steps import Closure, Steps
 from .tensor_groups import FIXED, collect, lives_on_device, number
+from .watch import are_same
 
 # A step is pending in every phase but the first; in _NOT_DUE and _RESTORED the weights are the user's own.
 _IDLE, _PERTURBED, _NOT_DUE, _RESTORED = "idle", "perturbed", "not due", "restored"
@@ -219,6 +220,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
     _TRANSIENT = (
         "_served",
         "_layout",
+        "_written",
         "_gatherers",
         "_graphs_hold",
         "_measure",
@@ -236,7 +238,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
 
     def _forget_transients(self) -> None:
         self._served: Served | None = None
-        self._layout: list[Any] = []
+        self._layout: list[tuple[list[Tensor], Any]] = []
+        self._written: tuple[Any, ...] | None = None
         self._gatherers: list[Any] = []  # modules that gather what was sharded
         self._graphs_hold: list[Any] = []
         self._measure: Measure | None = None
@@ -806,8 +809,7 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
                     f"weights were perturbed. {restored} and no step was taken; cast, move and reshape "
                     "parameters between steps"
                 )
-        layout = self._present_layout()
-        if layout == self._layout:
+        if self._has_layout():
             return
         present = {id(p) for group in self.param_groups for p in group["params"]}
         for group, _ in served:
@@ -1023,10 +1025,10 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         self._adopt_strays()
         if perturbed := self._perturbed_groups():
             return perturbed
-        layout = self._present_layout()
-        if self._served is not None and layout == self._layout:
+        if self._served is not None and self._has_layout():
             if all(group.is_current() for group, _ in self._served):
                 return self._served
+        layout = self._present_layout()
         for index, param_group in enumerate(self.param_groups):
             self._check_ours(param_group, f"param_groups[{index}]")
         member_of = member_lookup(self.param_groups, self.model)
@@ -1053,13 +1055,16 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         self._graphs_hold += [group for group, _ in self._served or [] if group.is_captured]
         self._served = None
 
-    def _present_layout(self) -> list[Any]:
+    def _present_layout(self) -> list[tuple[list[Tensor], Any]]:
         """Which parameters there are, in which param group, under which metric."""
-        layout: list[Any] = []
-        for group in self.param_groups:
-            layout.extend(map(id, group["params"]))
-        layout.extend((len(group["params"]), group.get(self._adaptive_key)) for group in self.param_groups)
-        return layout
+        return [(list(group["params"]), group.get(self._adaptive_key)) for group in self.param_groups]
+
+    def _has_layout(self) -> bool:
+        """Whether there are the parameters that the tensor groups were made of."""
+        return len(self.param_groups) == len(self._layout) and all(
+            group.get(self._adaptive_key) == adaptive and are_same(group["params"], params)
+            for group, (params, adaptive) in zip(self.param_groups, self._layout, strict=True)
+        )
 
     def _perturbed_groups(self) -> Served:
         """All groups as they were perturbed; empty when nothing is perturbed."""
@@ -1068,6 +1073,10 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
 
     def _write_tables(self, served: Served) -> None:
         rule, _ = state.fused_rule(self.base_optimizer)
+        keys = ("betas", self._rho_key, *state.OPTIONS)
+        values = [tuple(map(group.get, keys)) for group in self.param_groups]
+        if self._has_written(served, rule, values):
+            return
         eps = self.recipe.eps
         per_group = []
         direction = self.recipe.direction
@@ -1091,6 +1100,28 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         for tensor_group, _ in served:
             rows = [(float(metric), eta, *per_group[index]) for index, metric, eta in tensor_group.keys]
             tensor_group.write_table(rows)
+        self._written = None
+        # Tensors and schedules have to be asked again in every step.
+        if callable(self.recipe.rho) or isinstance(self.recipe.rho, ProportionalToLr):
+            return
+        if not any(isinstance(x, Tensor) for row in values for x in (*row, *(row[0] or ()))):
+            self._written = self.recipe, rule, values, [group.rows for group, _ in served]
+
+    def _has_written(self, served: Served, rule: str | None, values: list[tuple[Any, ...]]) -> bool:
+        """Whether the tables say all this already, so that no number needs to be looked at."""
+        if self._written is None:
+            return False
+        recipe, known_rule, known, tables = self._written
+        if recipe is not self.recipe or rule != known_rule or len(tables) != len(served):
+            return False
+        if any(group.rows is not rows for (group, _), rows in zip(served, tables, strict=True)):
+            return False
+        # A list of a step before had no tensor; one that has come since is compared by its number, once.
+        if values != known:
+            return False
+        for group, _ in served:
+            group.note_capture()
+        return True
 
     def _require_idle(self, what: str) -> None:
         give_up = "or, to give the step up, zero_grad() and then step()"

@@ -15,6 +15,18 @@ from .watch import are_same, has_values, hold
 # State of the shape of its parameter, and spread over ranks like it; Adam's step is neither.
 _LIKE_WEIGHTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 
+# What `scalars` reads of a param group, beside betas.
+OPTIONS = (
+    "lr",
+    "weight_decay",
+    "maximize",
+    "momentum",
+    "dampening",
+    "nesterov",
+    "eps",
+    "decoupled_weight_decay",
+)
+
 # Flags under which torch's own step differs from what `descend_` computes.
 _UNFUSED_FLAGS = ("amsgrad", "capturable", "differentiable")
 

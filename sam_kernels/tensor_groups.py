@@ -66,6 +66,8 @@ def is_capturing(device: torch.device) -> bool:
     """Whether torch's current stream on the device records a CUDA graph."""
     if device.type != "cuda":
         return False
+    if device.index in (None, torch.cuda.current_device()):  # the other way takes as long as a launch
+        return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 
@@ -131,7 +133,7 @@ class TensorGroup:
         self._layout = list(map(_layout_of, params))
         self._sizes = list(map(Tensor.numel, params))
         self._all_contiguous = all(p.is_contiguous() for p in params)
-        self._watch = None if self.has_dtensors else watch(params)
+        self.watch = None if self.has_dtensors else watch(params)
         self.participates = [keys[r][1] != FIXED for r in row]
         self._all_participate = all(self.participates)
 
@@ -142,7 +144,7 @@ class TensorGroup:
 
     def is_current(self) -> bool:
         """Whether the parameters still have the device, dtype, shape and strides the group was built for."""
-        seen = None if self._watch is None else self._watch.look()
+        seen = None if self.watch is None else self.watch.look()
         if seen == SAME:
             return True
         if seen == MOVED:
@@ -204,10 +206,14 @@ class TensorGroup:
             (r, c, x) for r, row in enumerate(rows) for c, x in enumerate(row) if isinstance(x, Tensor)
         ]
         self.follows_tensors = bool(tensors)
-        self.is_captured = self.is_captured or is_capturing(self.device)
+        self.note_capture()
         self._write_numbers([tuple(0.0 if isinstance(x, Tensor) else x for x in row) for row in rows])
         for r, c, x in tensors:
             self.table[r, c].copy_(x.detach())
+
+    def note_capture(self) -> None:
+        """Remember it where a CUDA graph is being recorded."""
+        self.is_captured = self.is_captured or is_capturing(self.device)
 
     def fill_table(self, row: tuple[float, ...]) -> None:
         """Write one row by operations of the device alone, which a CUDA graph may record."""
@@ -279,7 +285,7 @@ class TensorGroup:
 
     def read_gradients(self) -> None:
         """Take the present gradients; where needed densify, cast or re-order them to fit the weights."""
-        found = None if self._watch is None else self._watch.gradients()
+        found = None if self.watch is None else self.watch.gradients()
         if found is not None:
             self.grads, present = found
             self.has_all_grads = present == len(self.params)
@@ -323,6 +329,8 @@ class TensorGroup:
     def drop_gradients(self) -> None:
         """Let go of the gradients: held on to, they would outlive `zero_grad` and the next backward."""
         self.grads = [None] * len(self.params)
+        if self.watch is not None:
+            self.watch.forget()
 
     # ---- masks and snapshots -------------------------------------------------------------------
 

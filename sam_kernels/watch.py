@@ -69,7 +69,7 @@ def are_same(xs: list[Any], ys: list[Any]) -> bool:
         >>> are_same([x, y], [x, y]), are_same([x, y], [y, x]), are_same([x], [x, y])
         (True, False, False)
     """
-    if _module is not None:
+    if _module is not None and isinstance(xs, list):
         return bool(_module.are_same(xs, ys))
     return len(xs) == len(ys) and all(map(is_, xs, ys))
 

@@ -99,7 +99,10 @@ class Native:
         kept = _DTYPES[group.kept_dtype]
         if reads_weights:
             plan.point(_native.PARAMS, "weights", group.weights, kept)
-        plan.point(_native.GRADS, "grads", tensors, kept if of == "weight" else _DTYPES[group.dtype])
+        if of == "weight":
+            plan.point(_native.GRADS, "grads", tensors, kept)
+        else:
+            _point_gradients(plan, group)
         group.cache["native grads"] = tensors
         # Fresh results each time: the caller may hold an earlier one.
         total = torch.empty((), dtype=torch.float64, device=group.device)
@@ -135,7 +138,7 @@ class Native:
         plan.point(_native.PARAMS, "params", group.params, _DTYPES[group.dtype])
         # The norm has just read the addresses of these very gradients.
         if group.cache.pop("native grads", None) is not group.grads:
-            plan.point(_native.GRADS, "grads", group.grads, _DTYPES[group.dtype])
+            _point_gradients(plan, group)
         present = _point_snapshots(plan, group)
         _point_masks(plan, group)
         held = [scalars(x, group, torch.float64) for x in (peak, norm, tensor_scale)]
@@ -211,7 +214,7 @@ class Native:
         plan = self._plan(group)
         code = _DTYPES[group.dtype]
         plan.point(_native.PARAMS, "params", group.params, code)
-        moving = plan.point(_native.GRADS, "grads", group.grads, code)
+        moving = _point_gradients(plan, group)
         _point_snapshots(plan, group)
         _point_masks(plan, group)
         state = {"momentum_buffer": 0} if rule == "sgd" else {"exp_avg": 0, "exp_avg_sq": 0}
@@ -239,7 +242,7 @@ class Native:
 
     def accumulate_squares_(self, group: TensorGroup, scores: list[Tensor | None]) -> None:
         plan = self._plan(group)
-        plan.point(_native.GRADS, "grads", group.grads, _DTYPES[group.dtype])
+        _point_gradients(plan, group)
         present = plan.point(_native.LISTS, "scores", scores, _DTYPES[torch.float32], torch.float32)
         plan.accumulate()
         count_write(scores, scores, present)
@@ -374,7 +377,8 @@ def _stream(device: torch.device) -> tuple[int, int]:
     """Torch's current stream on the device, and the device's ordinal."""
     if device.type != "cuda":
         return 0, 0
-    return torch.cuda.current_stream(device).cuda_stream, device.index
+    # What Triton and torch's own compiled code ask; the public way makes an object each time.
+    return torch._C._cuda_getCurrentRawStream(device.index), device.index
 
 
 def _check_fisher(group: TensorGroup, name: str, what: str, asked: str, served: str) -> None:
@@ -384,6 +388,13 @@ def _check_fisher(group: TensorGroup, name: str, what: str, asked: str, served: 
             f"{name}: the native passes serve Fisher's metric with {what}={served!r}, not {asked!r}; "
             "use backend='foreach'"
         )
+
+
+def _point_gradients(plan: Any, group: TensorGroup) -> int:
+    """How many tensors have a gradient; those that the group has just read are not looked at again."""
+    code = _DTYPES[group.dtype]
+    present: int = -1 if group.watch is None else plan.take(group.watch, group.grads, code)
+    return present if present >= 0 else plan.point(_native.GRADS, "grads", group.grads, code)
 
 
 def _point_snapshots(plan: Any, group: TensorGroup) -> int:
