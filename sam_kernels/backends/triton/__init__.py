@@ -95,7 +95,7 @@ class Triton:
             plan.point(table, row, "weights", group.weights, group.kept_dtype)
             table.snapshots = None if row == List.SNAPSHOTS else table.snapshots
         dtype = group.dtype if of == "gradient" else group.kept_dtype
-        plan.point(table, List.GRADS, "grads", tensors, dtype)
+        plan.point(table, List.GRADS, "grads", tensors, dtype, vouched=True)
         has_masks = masked and _point_masks(plan, table, group)
         # Fresh results each time: the caller may hold an earlier one.
         total = torch.empty((), dtype=torch.float64, device=group.device)
@@ -142,8 +142,8 @@ class Triton:
         plan = _plan(group)
         has_fisher = _has_fisher(group, shape, "linear")
         table = plan.table("sq_norm, perturb_")
-        plan.point(table, List.PARAMS, "params", group.params, group.dtype)
-        plan.point(table, List.GRADS, "grads", group.grads, group.dtype)
+        plan.point(table, List.PARAMS, "params", group.params, group.dtype, vouched=True)
+        plan.point(table, List.GRADS, "grads", group.grads, group.dtype, vouched=True)
         present = _point_snapshots(plan, table, group)
         has_masks = _point_masks(plan, table, group)
         has_masters, drawn = group.masters is not None, group.rounding
@@ -179,7 +179,7 @@ class Triton:
     def restore_(self, group: TensorGroup) -> None:
         plan = _plan(group)
         table = plan.table("restore_")
-        plan.point(table, List.PARAMS, "params", group.params, group.dtype)
+        plan.point(table, List.PARAMS, "params", group.params, group.dtype, vouched=True)
         present = _point_snapshots(plan, table, group)
         arguments = (plan, table, plan.chunks, plan.count)
         if group.masters is None:
@@ -275,17 +275,18 @@ class Triton:
         plan = _plan(group)
         # Steps that perturb and steps that do not may take turns, so each kind has its own addresses.
         table = plan.table("descend_" if any(x is not None for x in group.snapshots) else "descend_ alone")
-        plan.point(table, List.PARAMS, "params", group.params, group.dtype)
-        moving = plan.point(table, List.GRADS, "grads", group.grads, group.dtype)
+        plan.point(table, List.PARAMS, "params", group.params, group.dtype, vouched=True)
+        moving = plan.point(table, List.GRADS, "grads", group.grads, group.dtype, vouched=True)
         _point_snapshots(plan, table, group)
         names = ["momentum_buffer"] if rule == "sgd" else ["exp_avg", "exp_avg_sq"]
         state = {
-            name: plan.point(table, List.LISTS + i, name, slots[name], group.kept_dtype)
+            name: plan.point(table, List.LISTS + i, name, slots[name], group.kept_dtype, hold=True)
             for i, name in enumerate(names)
         }
         if rule == "adam":
             ones = [1] * plan.count
-            state["step"] = plan.point(table, List.STEPS, "step", slots["step"], torch.float32, ones)
+            counters = slots["step"]
+            state["step"] = plan.point(table, List.STEPS, "step", counters, torch.float32, ones, hold=True)
         _require(table, group, rule, state)
         fresh = slots.get("fresh") or []
         table.put(List.FRESH, np.array(fresh, dtype=np.int64) if fresh else np.zeros(plan.count, np.int64))
@@ -315,7 +316,7 @@ class Triton:
     def accumulate_squares_(self, group: TensorGroup, scores: list[Tensor | None]) -> None:
         plan = _plan(group)
         table = plan.table("accumulate_squares_")
-        plan.point(table, List.GRADS, "grads", group.grads, group.dtype)
+        plan.point(table, List.GRADS, "grads", group.grads, group.dtype, vouched=True)
         present = plan.point(table, List.LISTS, "scores", scores, torch.float32)
         settings = _settings(group.dtype)
         settings.pop("S")
