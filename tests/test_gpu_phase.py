@@ -345,7 +345,8 @@ def test_optax_itself_walks_the_common_trajectory_in_both_modes(session, monkeyp
     found = json.loads(rows.read_text())
     assert not [row for row in found if row["metric"] in ("wrong", "skipped")]
     errors = {row["peer"]: row["value"] for row in found if row["metric"] == "error"}
-    # Nothing but rounding: the gate would let a bad norm pass.
-    assert all(errors[name] <= oracle.tolerance(torch.float32, 0.0) for name in jax_peers.MODES)
+    # Nothing but rounding, though the gate would let a bad norm pass. Transparent, the weights come back as
+    # w' + (w - w' + update), which rounds once more.
+    assert all(errors[name] <= 4 * oracle.tolerance(torch.float32, 0.0) for name in jax_peers.MODES)
     assert {row["peer"] for row in found if row["metric"] == "wall_graph_ms"} >= {*jax_peers.MODES}
     assert "jax" in sys.modules

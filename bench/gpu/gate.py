@@ -18,6 +18,8 @@ from .lists import DeviceBase, DeviceWorkspace, base_for
 from .ours import OURS, withheld
 from .session import Session
 
+_WARMUP, _REPLAYS = 3, 3
+
 _MOST_REFERENCED = 30_000_000  # elements; the reference backend is for reading and checking
 
 
@@ -127,5 +129,56 @@ def one_step(peer: Any, workspace: DeviceWorkspace, is_in_place: bool = False) -
         peer.step_phase1()
         give_gradients(peer.params, second)
         peer.step_phase2()
+
+    return run
+
+
+def capture(
+    question: Question, spec: Spec, workspace: DeviceWorkspace, session: Session
+) -> Callable[[], object]:
+    """The replay of a captured step.
+
+    Raises:
+        Unavailable: if it cannot be captured, or does something else than the eager steps.
+    """
+    try:
+        return _replay(question, spec, workspace, session)
+    except Exception as error:  # torch's own errors differ by version
+        if session.gpu.is_lost():
+            raise
+        said = " ".join(str(error).split())[:300]
+        session.log(f"  no graph {spec.label}: {said}")
+        raise Unavailable(said) from error
+
+
+def _replay(
+    question: Question, spec: Spec, workspace: DeviceWorkspace, session: Session
+) -> Callable[[], object]:
+    """The replay of a captured step, after it was seen to do what eager steps do."""
+    workspace.reset()
+    eager = make(question, spec, workspace, graph=True)
+    step = one_step(eager, workspace, is_in_place=True)
+    for _ in range(_WARMUP + _REPLAYS):
+        step()
+    want = [p.detach().clone() for p in eager.params]
+    del eager, step
+    workspace.reset()
+    peer = make(question, spec, workspace, graph=True)
+    replay = session.gpu.capture(one_step(peer, workspace, is_in_place=True), warmup=_WARMUP)
+    for _ in range(_REPLAYS):
+        replay()
+    session.gpu.synchronize()
+    allowed = 8 * torch.finfo(workspace.dtype).eps
+    for p, w in zip(peer.params, want, strict=True):
+        if p.numel() and not (p.detach() - w).abs().max() <= allowed * w.abs().max():
+            raise Unavailable("its replays end elsewhere than its eager steps")
+    return _holding(replay, peer)
+
+
+def _holding(replay: Callable[[], object], peer: Any) -> Callable[[], object]:
+    """The replay, with what its addresses belong to kept alive."""
+
+    def run() -> object:
+        return replay() if peer is not None else None
 
     return run

@@ -26,7 +26,7 @@ from ..peers import UPDATE_BYTES, Unavailable
 from ..records import Row, measured, single
 from ..timing import Contestant, interleave
 from .device import Gpu, GpuResults
-from .gate import Question, admit, base_of, make, one_step
+from .gate import Question, admit, base_of, capture, one_step
 from .lists import CASES, DeviceWorkspace, base_for
 from .optax_sam import OptaxSam
 from .ours import NATIVE, OURS, SPECS, beside, key, withheld
@@ -234,15 +234,13 @@ def _ours(
         if peer is None:
             continue
         contestants[name] = _wall(one_step(peer, workspace), gpu.synchronize, "wall_ms")
-        captured = make(question, SPECS[name], workspace, graph=True)
-        replay = gpu.capture(one_step(captured, workspace, is_in_place=True))
-        graphs[name] = _wall(_keeping(replay, captured), gpu.synchronize, "wall_graph_ms")
+        try:
+            replay = capture(question, SPECS[name], workspace, session)
+        except Unavailable as reason:
+            rows.append(single(name, "graph_skipped", str(reason)))
+            continue
+        graphs[name] = _wall(replay, gpu.synchronize, "wall_graph_ms")
     return rows
-
-
-def _keeping(replay: Callable[[], object], peer: Any) -> Callable[[], object]:
-    """The replay, with what its addresses belong to kept alive."""
-    return lambda: replay() if peer is not None else None
 
 
 def _wall(step: Callable[[], object], wait: Callable[[], object], metric: str) -> Contestant:

@@ -36,16 +36,16 @@ class OptaxSam:
         Unavailable: if jax or optax is missing, or jax does not serve the workspace's device.
     """
 
-    def __init__(self, workspace: Workspace, base: Base, device: torch.device, *, opaque: bool) -> None:
+    def __init__(self, workspace: Workspace, base: Base, where: torch.device, *, opaque: bool) -> None:
         try:
             import jax
             import optax
             from optax import contrib
         except ImportError as error:
             raise Unavailable(f"jax with optax is not installed ({error})") from error
-        platform = _PLATFORMS.get(device.type, device.type)
+        platform = _PLATFORMS.get(where.type, where.type)
         try:
-            jax.devices(platform)
+            device = jax.devices(platform)[0]
         except RuntimeError as error:
             raise Unavailable(f"jax serves no {platform} here: {error}") from error
         self.jax, self.optax, self.opaque = jax, optax, opaque
@@ -54,7 +54,8 @@ class OptaxSam:
         self.weights = self._arrays(workspace.initial)
         self.gradients = {id(grads): self._arrays(grads) for grads in (workspace.first, workspace.second)}
         # A copy of each leaf: the cache of weights starts as the weights, which cannot be donated twice.
-        self.state = jax.tree.map(jax.numpy.copy, self.optimizer.init(self.weights))
+        # On a device of its own choice, a leaf would have the program compiled again in the second step.
+        self.state = jax.device_put(jax.tree.map(jax.numpy.copy, self.optimizer.init(self.weights)), device)
         self.perturbed = jax.tree.map(jax.numpy.copy, self.weights) if opaque else None
         self.steps = jax.jit(self._steps, static_argnums=3, donate_argnums=0, keep_unused=True)
         self.half = jax.jit(self._half, donate_argnums=0)

@@ -13,17 +13,16 @@ from typing import Any
 import torch
 
 from .. import oracle
-from ..peers import COPY, Spec, Unavailable
+from ..peers import COPY, Unavailable
 from ..records import Row, measured, single
 from ..timing import Contestant, interleave
 from . import jax_peers
 from .device import QUEUE, median_of
-from .gate import Question, admit, base_of, bytes_needed, make, one_step, refusal
+from .gate import Question, admit, base_of, bytes_needed, capture, one_step, refusal
 from .lists import CASES, DeviceWorkspace, base_for, numel
 from .ours import NATIVE, OURS, SPECS, beside
 from .session import Session, Unfinished, Unit
 
-_WARMUP, _REPLAYS = 3, 3
 _COMPILE_SECONDS = 240  # torch.compile of both halves twice; less time left than that and it is not begun
 
 # Peers that are captured in a graph, what is least sure to succeed last: a capture that fails may spoil
@@ -178,14 +177,10 @@ def _graphed(question: Question, workspace: DeviceWorkspace, session: Session, p
     gpu, rows = session.gpu, []
     replays: dict[str, Callable[[], object]] = {}
     for key in (key for key in _GRAPHED if key in passed):
-        spec = SPECS[key]
         try:
-            replays[key] = _capture(question, spec, workspace, session)
-        except Exception as error:  # includes Unavailable; torch's own errors differ by version
-            if gpu.is_lost():
-                raise
-            rows.append(single(key, "graph_skipped", " ".join(str(error).split())[:300]))
-            session.log(f"  no graph {spec.label}: {rows[-1]['value']}")
+            replays[key] = capture(question, SPECS[key], workspace, session)
+        except Unavailable as reason:
+            rows.append(single(key, "graph_skipped", str(reason)))
 
     def contestant(replay: Callable[[], object]) -> Contestant:
         return lambda: {"graph_ms": gpu.laps([replay], ahead=50)[0]}
@@ -195,36 +190,3 @@ def _graphed(question: Question, workspace: DeviceWorkspace, session: Session, p
         contestants[COPY] = _copy(question, workspace, session, "graph_ms")
         rows += _timed(interleave(contestants, session.effort(6)), question, workspace)
     return rows
-
-
-def _capture(
-    question: Question, spec: Spec, workspace: DeviceWorkspace, session: Session
-) -> Callable[[], object]:
-    """The replay of a captured step, after it was seen to do what eager steps do."""
-    workspace.reset()
-    eager = make(question, spec, workspace, graph=True)
-    step = one_step(eager, workspace, is_in_place=True)
-    for _ in range(_WARMUP + _REPLAYS):
-        step()
-    want = [p.detach().clone() for p in eager.params]
-    del eager, step
-    workspace.reset()
-    peer = make(question, spec, workspace, graph=True)
-    replay = session.gpu.capture(one_step(peer, workspace, is_in_place=True), warmup=_WARMUP)
-    for _ in range(_REPLAYS):
-        replay()
-    session.gpu.synchronize()
-    allowed = 8 * torch.finfo(workspace.dtype).eps
-    for p, w in zip(peer.params, want, strict=True):
-        if p.numel() and not (p.detach() - w).abs().max() <= allowed * w.abs().max():
-            raise Unavailable("its replays end elsewhere than its eager steps")
-    return _holding(replay, peer)
-
-
-def _holding(replay: Callable[[], object], peer: Any) -> Callable[[], object]:
-    """The replay, with what its addresses belong to kept alive."""
-
-    def run() -> object:
-        return replay() if peer is not None else None
-
-    return run
