@@ -17,7 +17,6 @@ pytest.importorskip("rich", reason="the benchmark prints with rich")
 
 from test_gpu_check import MACHINE, Stand, figures, only, outcomes  # noqa: E402
 
-from bench import oracle  # noqa: E402
 from bench.gpu import (  # noqa: E402  # noqa: E402
     ceilings,
     check,
@@ -192,7 +191,6 @@ def test_masks_without_the_highest_scores_are_seen():
 def test_topk_is_left_out_where_it_cannot_be_and_ours_is_a_fault(session, monkeypatch):
     assert "31 bits" in selection._refusal_of_topk(2**31, 2**40)
     assert "GiB" in selection._refusal_of_topk(2**30, 2**30)
-    monkeypatch.setattr(Stand, "is_lost", lambda self: False)
 
     def fails(self):
         raise RuntimeError("too\nlarge")
@@ -275,7 +273,6 @@ def test_a_peer_of_jax_that_is_wrong_or_raises_or_is_missing_is_not_timed(sessio
             return Imitation(workspace, base, device, opaque=True, factor=1.01)
         raise ValueError("broken")
 
-    monkeypatch.setattr(Stand, "is_lost", lambda self: False)
     monkeypatch.setattr(jax_peers, "OptaxSam", make)
     rows = jax_peers.rows_of(jax_peers.QUESTIONS[0], session)
     said = {row["peer"]: row["value"] for row in rows if row["metric"] == "wrong"}
@@ -345,8 +342,8 @@ def test_optax_itself_walks_the_common_trajectory_in_both_modes(session, monkeyp
     found = json.loads(rows.read_text())
     assert not [row for row in found if row["metric"] in ("wrong", "skipped")]
     errors = {row["peer"]: row["value"] for row in found if row["metric"] == "error"}
-    # Nothing but rounding, though the gate would let a bad norm pass. Transparent, the weights come back as
-    # w' + (w - w' + update), which rounds once more.
-    assert all(errors[name] <= 4 * oracle.tolerance(torch.float32, 0.0) for name in jax_peers.MODES)
+    # The gate would let a bad norm pass. What is left is rounding: transparent, the weights come back as
+    # w' + (w - w' + update), and 1 - 0.999^t of the first steps has few digits in fp32.
+    assert all(errors[name] <= 1e-5 for name in jax_peers.MODES)
     assert {row["peer"] for row in found if row["metric"] == "wall_graph_ms"} >= {*jax_peers.MODES}
     assert "jax" in sys.modules

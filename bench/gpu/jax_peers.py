@@ -39,7 +39,7 @@ QUESTIONS = (Question("resnet50", "sgd"), Question("vit_l", "adamw"))
 
 _STEPS = 10  # between two waits
 _SECONDS = 5  # of rounds
-_LEAST_SECONDS = 120  # of the stage: XLA compiles three programs for each mode
+_LEAST_SECONDS = 120  # of the stage: XLA compiles two programs for each mode
 
 
 @dataclass(frozen=True)
