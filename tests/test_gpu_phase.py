@@ -335,6 +335,8 @@ def test_a_process_of_jax_that_dies_is_wrong_and_one_without_time_is_left(sessio
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("question", jax_peers.QUESTIONS, ids=jax_peers.unit_name)
 def test_optax_itself_walks_the_common_trajectory_in_both_modes(session, monkeypatch, question, tmp_path):
+    # Where there is a GPU, jax would take most of its memory from the tests after this one.
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     pytest.importorskip("optax", reason="optax is a peer, and may be missing")
     rows = tmp_path / "rows.json"
     arguments = [jax_peers.unit_name(question), "--rows", str(rows), "--seconds", "60", "--cap", "4096"]
