@@ -93,10 +93,14 @@ def test_models_have_the_lists_tensors():
 
 
 def test_bytes_follow_the_dtype():
-    assert kernels.bytes_of("perturb_", torch.float32, 10) == 160
-    assert kernels.bytes_of("perturb_", torch.bfloat16, 10) == 80
-    assert kernels.bytes_of("sq_norm", torch.float32, 10) == 40
-    assert kernels.bytes_of("descend_ adamw", torch.float32, 10) == 280
+    plain, half, master = kernels.LAYOUTS
+    assert plain.bytes_of("perturb_", 10) == 160
+    assert half.bytes_of("perturb_", 10) == 80
+    assert plain.bytes_of("sq_norm", 10) == 40
+    assert plain.bytes_of("descend_ adamw", 10) == 280
+    # A step beside masters: 30 bytes with SGD-momentum, 38 with AdamW.
+    for base, total in (("sgd", 30), ("adamw", 38)):
+        assert sum(master.bytes_of(name, 1) for name in ("sq_norm", "perturb_", f"descend_ {base}")) == total
 
 
 def test_lists_in_turn_cover_the_l2_four_times():
@@ -164,7 +168,7 @@ def figures(tmp_path, share):
     return results
 
 
-@pytest.mark.parametrize(("share", "is_met"), [(0.93, True), (0.90, False)])
+@pytest.mark.parametrize(("share", "is_met"), [(0.975, True), (0.96, False)])
 def test_a_pass_goal_is_about_the_worst_list_and_the_fastest_ceiling(tmp_path, share, is_met):
     results = figures(tmp_path, share)
     assert predictions.ceiling(results, "copy") == pytest.approx(4e3, rel=1e-3)
@@ -179,7 +183,7 @@ def outcomes(results):
     return {e.text: e.measure(results).value for e in predictions.EXPECTATIONS}
 
 
-def test_tritons_predictions_are_about_its_own_rows_and_are_no_goals(tmp_path):
+def test_tritons_predictions_are_about_its_own_rows_and_its_goals_stand_beside_native(tmp_path):
     results = figures(tmp_path, 0.93)
     rows = [single("ours_triton", "launches", 5), single("ours_triton", "launches_in_place", 3)]
     rows += [measured("ours_triton", "host_us_in_place", [90.0]), single("ours_native", "launches", 3)]
@@ -194,7 +198,9 @@ def test_tritons_predictions_are_about_its_own_rows_and_are_no_goals(tmp_path):
     assert found["Triton: ResNet-50's list: launches, gradients in place"] == 3
     assert found["Triton: ResNet-50's list: launches, gradients elsewhere"] == 5
     assert found["Triton: ResNet-50's list: host time, gradients in place"] == 90
-    assert not [e for e in predictions.EXPECTATIONS if e.text.startswith("Triton") and e.target]
+    goals = [e for e in predictions.EXPECTATIONS if e.text.startswith("Triton") and e.target]
+    assert len(goals) == 5 and all("over native's" in e.text and e.target == 1.1 for e in goals)
+    assert [e.is_met(e.measure(results)) for e in goals if "float32" in e.text] == [True]
 
 
 def test_times_stand_beside_native_round_by_round():
@@ -591,7 +597,7 @@ def only(monkeypatch, module, *names):
     monkeypatch.setattr(correctness, "missing", lambda *a, **k: [])
 
 
-@pytest.mark.parametrize("case", ["kernels/resnet50/float32", "kernels/resnet50/bfloat16"])
+@pytest.mark.parametrize("case", [f"kernels/resnet50/{layout.name}" for layout in kernels.LAYOUTS])
 def test_stage_3_runs(session, monkeypatch, case):
     only(monkeypatch, kernels, case)
     monkeypatch.setattr(Stand, "backends", ("foreach", "reference"))

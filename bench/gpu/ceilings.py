@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from ..records import Row, measured, single
+from ..records import Results, Row, measured, single
 from ..timing import interleave
+from .device import rate
 from .session import Session, Unit
 
 # Bytes of one vector: at 1 GiB the L2 is out of the picture, and at 4 GiB the ramps at both ends are too.
@@ -17,11 +19,21 @@ COPY, READ, TRIAD, WRITE = "copy", "read", "triad", "write"
 
 _LAUNCHES = 1000
 
+# Of torch's lists of tensors: how much a launch is told decides how many launches a foreach peer takes.
+_HEADER = Path("include/ATen/native/cuda/MultiTensorApply.cuh")
+
 
 def units(session: Session) -> Iterator[Unit]:
     for size in SIZES:
         yield Unit(f"ceilings/{size // 2**30}GiB", partial(_rates, size))
     yield Unit("ceilings/launch", _launch)
+    yield Unit("ceilings/torch", _torch)
+
+
+def ceiling(results: Results, kind: str) -> float | None:
+    """GB/s of the fastest loop of that kind, of any size and tool."""
+    rows = [row for row in results.rows if row["peer"].split(":")[0] == kind and row["metric"] == "ms"]
+    return max((found for row in rows if (found := rate(row)) is not None), default=None)
 
 
 def tools(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> dict[str, tuple[int, Callable[[], object]]]:
@@ -80,3 +92,22 @@ def _launch(session: Session) -> list[Row]:
         measured("launch", "host_us", host),
         single("launch", "kernels", count),
     ]
+
+
+def _torch(session: Session) -> list[Row]:
+    found = foreach_variant(Path(torch.__file__).parent / _HEADER)
+    session.log(f"  torch {torch.__version__}: {found}")
+    return [single("torch._foreach", "kernel_arguments", found)]
+
+
+def foreach_variant(header: Path) -> str:
+    """Which kernel arguments the foreach operators of the installed torch have, by its header.
+
+    Since the 32 KB variant the header asks for the version of CUDA; before, all of it is for 4 KB.
+    """
+    if not header.exists():
+        return f"unknown: this torch comes without {header.name}"
+    asked = [line.strip() for line in header.read_text().splitlines() if "CUDART_VERSION" in line]
+    if not asked:
+        return "4 KB: its header does not ask for CUDART_VERSION"
+    return f"32 KB where {asked[0]!r}; built with CUDA {torch.version.cuda}"

@@ -20,7 +20,15 @@ NATIVE, TRITON = "native", "triton"
 _OPTIONAL = (TRITON,)
 
 # Milliseconds of one contestant of a round; others, as the host's time, are taken one peer after another.
-_ROUNDS = ("eager_ms", "graph_ms", "same_list_ms", "optimizer_ms", "total_ms")
+_ROUNDS = (
+    "eager_ms",
+    "graph_ms",
+    "same_list_ms",
+    "optimizer_ms",
+    "total_ms",
+    "wall_ms",
+    "wall_graph_ms",
+)
 
 
 def key(backend: str) -> str:

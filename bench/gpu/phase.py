@@ -6,48 +6,29 @@ if its replays end where the peer's own eager steps end. Each of our backends is
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
 from .. import oracle
-from ..cases import give_gradients
-from ..peers import COPY, Spec, Unavailable
+from ..peers import COPY, Unavailable
 from ..records import Row, measured, single
 from ..timing import Contestant, interleave
+from . import jax_peers
 from .device import QUEUE, median_of
-from .lists import CASES, DeviceBase, DeviceWorkspace, base_for, numel
-from .ours import NATIVE, OURS, SPECS, beside, withheld
+from .gate import Question, admit, base_of, bytes_needed, capture, one_step, refusal
+from .lists import CASES, DeviceWorkspace, base_for, numel
+from .ours import NATIVE, OURS, SPECS, beside
 from .session import Session, Unfinished, Unit
 
-_WARMUP, _REPLAYS = 3, 3
-_MOST_REFERENCED = 30_000_000  # elements; the reference backend is for reading and checking
 _COMPILE_SECONDS = 240  # torch.compile of both halves twice; less time left than that and it is not begun
 
 # Peers that are captured in a graph, what is least sure to succeed last: a capture that fails may spoil
 # those after it. The others are not tried: eager SAM swaps p.data, so that a replay would start from the
 # perturbed weights, and the rest may look at the device from the host.
 _GRAPHED = (*OURS, "base_alone", "foreach", "compile_own", "compile_torch")
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is measured together: a list, a base, and either torch.compile or everybody else."""
-
-    case: str
-    base: str
-    dtype: torch.dtype = torch.float32
-    compiled: bool = False
-
-    @property
-    def name(self) -> str:
-        last = "/compiled" if self.compiled else ""
-        return f"phase/{self.case}/{self.base}/{str(self.dtype)[6:]}{last}"
 
 
 QUESTIONS = (
@@ -64,35 +45,9 @@ QUESTIONS = (
 def units(session: Session) -> Iterator[Unit]:
     for question in QUESTIONS:
         yield Unit(question.name, partial(_measure, question))
-
-
-def refusal(question: Question, spec: Spec, elements: int, session: Session) -> str | None:
-    """Why a peer takes no part here, or None."""
-    if spec.key == "ours_reference" and elements > _MOST_REFERENCED:
-        return "it is for reading and checking, and is checked on smaller lists"
-    if (spec.kind == "compiled") != question.compiled and spec.key not in OURS:
-        return "it has a unit of its own" if spec.kind == "compiled" else "only torch.compile stands here"
-    return withheld(spec.key, session)
-
-
-def bytes_needed(question: Question, elements: int) -> int:
-    """The float64 trajectory of the gate beside the workspace, and lists that peers make for themselves."""
-    slots = len(base_for(question.base, counts_on_device=False).slots)
-    trajectory, workspace, spare = 8 * (3 + slots), 4 + slots, 5
-    return elements * (trajectory + question.dtype.itemsize * (workspace + spare))
-
-
-def base_of(question: Question, spec: Spec, graph: bool = False) -> DeviceBase:
-    """The base as this peer wants it: fused, native and compiled updates count their steps on the device."""
-    on_device = spec.form in ("fused", "whole")
-    return base_for(question.base, counts_on_device=on_device, capturable=graph and spec.kind != "compiled")
-
-
-def make(question: Question, spec: Spec, workspace: DeviceWorkspace, graph: bool = False) -> Any:
-    """The peer on the workspace's tensors."""
-    # A compiled half makes its step counter on the default device; on the host it would be a copy each step.
-    with workspace.device if spec.kind == "compiled" else nullcontext():
-        return spec.make(workspace.parameters(), base_of(question, spec, graph), workspace.slots)
+    # After the others, and in processes of their own: jax keeps the memory it once had.
+    for question in jax_peers.QUESTIONS:
+        yield Unit(jax_peers.unit_name(question), partial(jax_peers.measure, question))
 
 
 def _measure(question: Question, session: Session) -> list[Row]:
@@ -114,7 +69,7 @@ def _measure(question: Question, session: Session) -> list[Row]:
     for key, spec in SPECS.items():
         reason = refusal(question, spec, workspace.numel, session)
         if reason is None:
-            found, peer = _admit(question, spec, workspace, truth, session)
+            found, peer = admit(question, spec, workspace, truth, session)
             rows += found
             if peer is not None and key != "ours_reference":  # it is for reading and checking
                 peers[key] = peer
@@ -131,72 +86,6 @@ def _measure(question: Question, session: Session) -> list[Row]:
     torch._dynamo.reset()
     about = {"case": question.case, "base": question.base, "dtype": str(question.dtype)[6:]}
     return [{**about, "tensors": len(shapes), "numel": workspace.numel, **row} for row in rows]
-
-
-def _admit(
-    question: Question, spec: Spec, workspace: DeviceWorkspace, truth: oracle.Trajectory, session: Session
-) -> tuple[list[Row], Any]:
-    """Rows about a peer, and the peer itself if the gate let it pass."""
-    rows: list[Row] = []
-    workspace.reset()
-    try:
-        peer, errors, seconds = _walk(question, spec, workspace, truth, session)
-    except Unavailable as reason:
-        session.log(f"  skipped  {spec.label}: {reason}")
-        return [single(spec.key, "skipped", str(reason))], None
-    except Exception as error:  # a broken peer must not cost the others their numbers
-        if session.gpu.is_lost():
-            raise
-        problem = f"raised {type(error).__name__}: {error}"
-        session.log(f"  WRONG    {spec.label}: {problem}")
-        return [single(spec.key, "wrong", problem)], None
-    rows += [single(spec.key, "first_call_ms", 1e3 * seconds), single(spec.key, "error", max(errors))]
-    allowed = oracle.tolerance(workspace.dtype, spec.norm_error)
-    if max(errors) <= allowed:
-        return rows, peer
-    problem = f"weights are off by {max(errors):.2g} of their size; allowed is {allowed:.2g}"
-    session.log(f"  WRONG    {spec.label}: {problem}")
-    return [*rows, single(spec.key, "wrong", problem)], None
-
-
-def _walk(
-    question: Question, spec: Spec, workspace: DeviceWorkspace, truth: oracle.Trajectory, session: Session
-) -> tuple[Any, list[float], float]:
-    """The gate's steps: the peer, its errors at both stops, the seconds of construction and first step."""
-    began = time.perf_counter()
-    peer = make(question, spec, workspace)
-    params = peer.params
-    errors: list[float] = []
-    lasted = 0.0
-    for step in range(oracle.STEPS):
-        first, second = oracle.gradients_of_step(workspace, step)
-        give_gradients(params, first)
-        peer.step_phase1()
-        if step == oracle.STEPS - 1 and spec.kind != "bound":
-            errors.append(truth.perturbed.error(params))
-        give_gradients(params, second)
-        peer.step_phase2()
-        if step == 0:
-            session.gpu.synchronize()
-            lasted = time.perf_counter() - began
-    errors.append(truth.descended.error(params))
-    return peer, errors, lasted
-
-
-def one_step(peer: Any, workspace: DeviceWorkspace, is_in_place: bool = False) -> Callable[[], None]:
-    """A whole step with the workspace's gradients, or with the first ones twice: gradients in one place.
-
-    Where gradients are depends on the program: zero_grad(set_to_none=False) and graphs keep them in place.
-    """
-    second = workspace.first if is_in_place else workspace.second
-
-    def run() -> None:
-        give_gradients(peer.params, workspace.first)
-        peer.step_phase1()
-        give_gradients(peer.params, second)
-        peer.step_phase2()
-
-    return run
 
 
 def _counted(peers: dict[str, Any], workspace: DeviceWorkspace, session: Session) -> list[Row]:
@@ -244,11 +133,11 @@ def _eager(
         return lambda: {"eager_ms": gpu.laps([step])[0]}
 
     contestants = {key: contestant(one_step(peer, workspace)) for key, peer in peers.items()}
-    contestants[COPY] = _copy(question, workspace, session)
-    return _timed(interleave(contestants, session.effort(10)), question, workspace)
+    contestants[COPY] = _copy(question, workspace, session, "eager_ms")
+    return _timed(interleave(contestants, session.effort(8)), question, workspace)
 
 
-def _copy(question: Question, workspace: DeviceWorkspace, session: Session) -> Contestant:
+def _copy(question: Question, workspace: DeviceWorkspace, session: Session, metric: str) -> Contestant:
     """The bytes of our step as plain copies: what the memory allows."""
     count = _bytes(OURS[0], question, workspace)
     # A copy reads and writes; vectors beyond 2 GiB would only take memory from the peers.
@@ -261,7 +150,7 @@ def _copy(question: Question, workspace: DeviceWorkspace, session: Session) -> C
         for _ in range(times):
             out.copy_(x)
 
-    return lambda: {"eager_ms": session.gpu.laps([run], ahead=50)[0] * scale}
+    return lambda: {metric: session.gpu.laps([run], ahead=50)[0] * scale}
 
 
 def _bytes(key: str, question: Question, workspace: DeviceWorkspace) -> float:
@@ -288,52 +177,16 @@ def _graphed(question: Question, workspace: DeviceWorkspace, session: Session, p
     gpu, rows = session.gpu, []
     replays: dict[str, Callable[[], object]] = {}
     for key in (key for key in _GRAPHED if key in passed):
-        spec = SPECS[key]
         try:
-            replays[key] = _capture(question, spec, workspace, session)
-        except Exception as error:  # includes Unavailable; torch's own errors differ by version
-            if gpu.is_lost():
-                raise
-            rows.append(single(key, "graph_skipped", " ".join(str(error).split())[:300]))
-            session.log(f"  no graph {spec.label}: {rows[-1]['value']}")
+            replays[key] = capture(question, SPECS[key], workspace, session)
+        except Unavailable as reason:
+            rows.append(single(key, "graph_skipped", str(reason)))
 
     def contestant(replay: Callable[[], object]) -> Contestant:
         return lambda: {"graph_ms": gpu.laps([replay], ahead=50)[0]}
 
     if replays:
         contestants = {key: contestant(replay) for key, replay in replays.items()}
+        contestants[COPY] = _copy(question, workspace, session, "graph_ms")
         rows += _timed(interleave(contestants, session.effort(6)), question, workspace)
     return rows
-
-
-def _capture(
-    question: Question, spec: Spec, workspace: DeviceWorkspace, session: Session
-) -> Callable[[], object]:
-    """The replay of a captured step, after it was seen to do what eager steps do."""
-    workspace.reset()
-    eager = make(question, spec, workspace, graph=True)
-    step = one_step(eager, workspace, is_in_place=True)
-    for _ in range(_WARMUP + _REPLAYS):
-        step()
-    want = [p.detach().clone() for p in eager.params]
-    del eager, step
-    workspace.reset()
-    peer = make(question, spec, workspace, graph=True)
-    replay = session.gpu.capture(one_step(peer, workspace, is_in_place=True), warmup=_WARMUP)
-    for _ in range(_REPLAYS):
-        replay()
-    session.gpu.synchronize()
-    allowed = 8 * torch.finfo(workspace.dtype).eps
-    for p, w in zip(peer.params, want, strict=True):
-        if p.numel() and not (p.detach() - w).abs().max() <= allowed * w.abs().max():
-            raise Unavailable("its replays end elsewhere than its eager steps")
-    return _holding(replay, peer)
-
-
-def _holding(replay: Callable[[], object], peer: Any) -> Callable[[], object]:
-    """The replay, with what its addresses belong to kept alive."""
-
-    def run() -> object:
-        return replay() if peer is not None else None
-
-    return run
