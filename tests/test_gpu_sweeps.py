@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import subprocess
 import sys
@@ -54,6 +55,36 @@ def test_every_setting_has_another_value_in_the_cpp_tests():
     defaults = dict(re.findall(r"#ifndef (SAMK_\w+)\n#define \w+ (.*)", TUNING))
     assert other.keys() == defaults.keys()
     assert not [name for name, value in other.items() if defaults[name] == value]
+
+
+@pytest.fixture(scope="session")
+def tuned():
+    """The kernels with other values of all settings, on the CPU; `make test-cpp` has compiled most."""
+    from sam_kernels import backends
+    from sam_kernels.backends import native
+
+    library = emulated.BUILD / "libsamk_emulated_tuned.so"
+    with open(emulated.BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [emulated._tool("cmake"), "--build", str(emulated.BUILD), "--target", "samk_emulated_tuned"]
+        subprocess.run(command, check=True, capture_output=True)
+    backend = native.Native("tuned", {"cpu": native._native.Library(str(library))})
+    backends.register(backend)
+    return backend.name
+
+
+@emulated.needed
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", sweeps.DTYPES, ids=str)
+def test_no_setting_changes_a_bit_of_an_elementwise_pass(session, monkeypatch, tuned, dtype):
+    # Around words, packs, and the chunks of both.
+    sizes = [(0,), (3,), (63,), (130,), (64, 65), (2049,), (8193,), (16385,)]
+    monkeypatch.setattr(agreement, "AWKWARD", sizes)
+    engine = sweeps.Engine("emulated", (), (), sweeps.open_libraries)
+    assert agreement.problems(engine, tuned, dtype, session) == []
+    monkeypatch.setattr(agreement, "SUM_ERROR", {dtype: -1.0})
+    (found, _) = agreement.problems(engine, tuned, dtype, session)
+    assert found.startswith("plain: sq_norm is ")
 
 
 # ---- libraries -------------------------------------------------------------------------------------
