@@ -278,6 +278,12 @@ def test_libraries_that_are_not_built_are_built_if_there_is_time(session, engine
     with pytest.raises(Unfinished, match="bench.gpu.variants has to build blocks=5, blocks=6 first"):
         unit.measure(session)
     assert engine == []
+    session.ends = float("inf")
+    assert [row["metric"] for row in unit.measure(session)].count("passed") == 2
+    late = variants.Built(emulated.LIBRARY, variants.LATE)
+    monkeypatch.setattr(variants, "build", lambda chosen, *more: {v.name: late for v in chosen})
+    with pytest.raises(Unfinished, match="no time to build"):
+        unit.measure(session)
 
 
 def test_a_stage_without_our_engines_has_no_units(session):

@@ -30,8 +30,8 @@ from .settings import SINGLE, STEPS, SWEEPS, TRITON_SWEEPS, Sweep, Variant
 DTYPES = (torch.float32, torch.bfloat16)
 LISTS = 5  # weights, gradients, snapshots and two of state
 
-# With less time left in the stage no library is built here; all of them at once take about so long.
-_BUILD_SECONDS = 200
+# With less time left in the stage no library of a sweep is built, and with less than the other none is begun.
+_BUILD_SECONDS, _LAST_BUILD_SECONDS = 150, 90
 _SECONDS = 3.0  # of rounds in a unit
 _LEAST_LEAD = 200.0  # microseconds
 
@@ -94,10 +94,11 @@ def open_libraries(chosen: tuple[Variant, ...], session: Session) -> tuple[list[
     missing = [v.name for v in chosen if not variants.is_built(v, arch)]
     if missing and session.left() < _BUILD_SECONDS:
         raise Unfinished(f"python -m bench.gpu.variants has to build {', '.join(missing)} first")
+    libraries = variants.build(chosen, arch, machine.cores(), session.ends - _LAST_BUILD_SECONDS)
+    if late := [name for name, built in libraries.items() if built.problem == variants.LATE]:
+        raise Unfinished(f"there was no time to build {', '.join(late)}")
     opened, rows = [], []
-    for variant, built in zip(
-        chosen, variants.build(chosen, arch, machine.cores(), session.ends - 60).values(), strict=True
-    ):
+    for variant, built in zip(chosen, libraries.values(), strict=True):
         if built.problem is not None:
             rows.append(skipped(session, variant.name, built.problem))
             continue

@@ -45,6 +45,8 @@ KERNELS = {
     }.items()
 }
 
+LATE = "not built: the time is over"
+
 _JOBS_EACH = 4  # compilers that one build keeps busy most of its time
 
 
@@ -99,7 +101,7 @@ def _build_one(variant: Variant, arch: str, jobs: int, ends: float) -> Built:
     library, began = tree / LIBRARY, time.monotonic()
     if not is_built(variant, arch):
         if began > ends:
-            return Built(library, "not built: the time is over")
+            return Built(library, LATE)
         if absent := [name for name in ("nvcc", "cmake", "ninja") if tool(name) is None]:
             return Built(library, f"not built: {', '.join(absent)} not found")
         problem = _run_cmake(tree, variant, arch, jobs)
