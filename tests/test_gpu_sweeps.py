@@ -354,6 +354,7 @@ def test_the_default_stays_without_a_gain_or_with_a_loss_anywhere(tmp_path, rati
 def test_a_value_that_was_left_out_somewhere_does_not_win(tmp_path):
     winner = blocks_of(tmp_path, blocks_5=(0.9, None), blocks_6=(0.97, 0.97))
     assert winner.variant.name == "blocks=6"
+    assert blocks_of(tmp_path, blocks_5=(0.9, None)).variant is None
 
 
 def test_a_setting_of_all_passes_is_judged_by_whole_steps():

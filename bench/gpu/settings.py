@@ -69,6 +69,14 @@ def _blocks(count: int, of_halves: int) -> Variant:
     return Variant(made.name, {**made.own, "descend_": {**descend, **allowed}})
 
 
+def _fewer_threads_with_more() -> Variant:
+    """Twice the loads beside three blocks: the descent of SGD has no registers for them beside four."""
+    loads, blocks = _of_passes("", 8, 4, 8, 2, "LOADS"), _blocks(3, 2)
+    own = {word: {**loads.own[word], **blocks.own[word]} for word in loads.own}
+    del own["descend_"]["SAMK_BYTES_IN_FLIGHT"]  # there are more than are asked for
+    return Variant("loads=double beside blocks=3", own)
+
+
 SWEEPS = (
     Sweep("blocks", (_blocks(2, 2), _blocks(3, 2), _blocks(5, 4), _blocks(6, 5)), SINGLE),
     Sweep(
@@ -76,6 +84,7 @@ SWEEPS = (
         (
             _of_passes("loads=half", 2, 1, 2, 0, "LOADS"),
             _of_passes("loads=double", 8, 4, 8, 2, "LOADS"),
+            _fewer_threads_with_more(),
         ),
         SINGLE,
     ),

@@ -172,8 +172,6 @@ def units(session: Session) -> Iterator[Unit]:
         yield from star
         names = [unit.name for unit in star]
         yield Unit(f"sweep/verdict of {engine.backend}", partial(_judge, engine, names))
-        if engine.open is open_triton:
-            continue
         for dtype in DTYPES:
             for case in engine.cases:
                 run = partial(_together, engine, names, case, dtype)

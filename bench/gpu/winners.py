@@ -57,7 +57,9 @@ def find(results: Results, sweeps: Iterable[Sweep], cases: Cases) -> list[Winner
     for sweep in sweeps:
         for word, passes in sweep.judged.items():
             ratios = {v.name: _ratios(results, sweep, v, passes, cases) for v in sweep.variants}
-            able = [v for v in _comparable(sweep, ratios) if max(ratios[v.name]) <= _LOSS]
+            wanted = _timed(results, sweep, passes, cases)
+            able = [v for v in sweep.variants if wanted and len(ratios[v.name]) == wanted]
+            able = [v for v in able if max(ratios[v.name]) <= _LOSS]
             mean, best = min(
                 ((geometric_mean(ratios[v.name]), v) for v in able), key=itemgetter(0), default=(1.0, None)
             )
@@ -78,10 +80,12 @@ def _ratios(
     return [row["p50"] for row in rows if row is not None]
 
 
-def _comparable(sweep: Sweep, ratios: dict[str, list[float]]) -> list[Variant]:
-    """Values that were measured wherever any was: one whose kernel spills for a dtype is no default."""
-    most = max(map(len, ratios.values()))
-    return [v for v in sweep.variants if most and len(ratios[v.name]) == most]
+def _timed(results: Results, sweep: Sweep, passes: Iterable[str], cases: Cases) -> int:
+    """How often the default was: a value that was left out anywhere, since a kernel spills, cannot win."""
+    found = (
+        results.find(unit_of(sweep, *case), named(DEFAULT, p), "graph_ms") for case in cases for p in passes
+    )
+    return sum(row is not None for row in found)
 
 
 def combined(found: Iterable[Winner]) -> dict[str, int]:
