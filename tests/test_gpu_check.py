@@ -688,10 +688,12 @@ def test_stage_5_runs(session, monkeypatch):
     assert ratios == {("ours_triton", f"{part}_to_native") for part in ("optimizer", "total")}
 
 
-def test_stage_6_says_that_there_is_nothing_to_sweep(session, monkeypatch):
-    monkeypatch.setattr(correctness, "missing", lambda *a, **k: [])
-    assert sweeps.SWEEPS == () and check.run_stage(check.STAGES[5], session, resume=False) == 0
-    assert "nothing can be swept" in session.text[-1]
+def test_stage_6_has_a_sweep_for_every_setting_of_both_engines_and_nothing_for_others(session):
+    names = [unit.name for unit in sweeps.units(replace(session, backends=device.Gpu.backends))]
+    assert len(names) == len(set(names))
+    assert {"sweep/blocks/resnet50/float32", "sweep/triton block/vit_l/bfloat16"} <= set(names)
+    assert {"sweep/verdict of native", "sweep/winners of native/gpt2_xl/float32"} <= set(names)
+    assert list(sweeps.units(session)) == []  # its backend is foreach
 
 
 def test_a_unit_that_raises_is_wrong_and_costs_no_other(session, monkeypatch):

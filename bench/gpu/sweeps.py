@@ -1,50 +1,315 @@
-"""Stage 6: sweeps that decide a default. Nothing can be swept without recompiling in this version.
+"""Stage 6: settings of the engines, one at a time, and then the winners together.
 
-Chunk length, blocks per processor, loads in flight and store hints are constants of csrc/engine and of
-core/launch_plan.h. Where one becomes a run-time setting, add a Sweep that sets it and name its values: the
-passes of stage 3 are then measured for each, and the table that shows the winner is kept.
+A setting of the CUDA engine is a constant of csrc/core/tuning.h, so each of its values is a library of its
+own (`variants.py` builds them); all of them are opened in one process and timed in the same rounds. Triton's
+settings are constants of a module, which are others while its passes are called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
+from typing import Any
+from unittest import mock
 
 import torch
 
-from ..records import Row
-from . import kernels
-from .session import Session, Unit
+from .. import machine
+from ..passes import BYTES
+from ..records import Row, measured, single
+from ..timing import Contestant, interleave
+from . import agreement, variants, winners
+from .kernels import Set, sets_for
+from .lists import CASES, numel
+from .ours import NATIVE, TRITON, beside, named
+from .session import Session, Unfinished, Unit, guarded, skipped, verdict
+from .settings import SINGLE, STEPS, SWEEPS, TRITON_SWEEPS, Sweep, Variant
+
+DTYPES = (torch.float32, torch.bfloat16)
+LISTS = 5  # weights, gradients, snapshots and two of state
+
+# With less time left in the stage no library of a sweep is built, and with less than the other none is begun.
+_BUILD_SECONDS, _LAST_BUILD_SECONDS = 150, 90
+_SECONDS = 3.0  # of rounds in a unit
+_LEAST_LEAD = 200.0  # microseconds
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """A setting of the engine and the values to try.
+class Opened:
+    """A variant that can be called.
 
     Attributes:
-        setting: makes the value hold inside a with block.
+        backend: by what name.
+        spilled: the passes and dtypes that are left out, because a kernel of theirs spills.
     """
 
-    name: str
-    values: tuple[int, ...]
-    setting: Callable[[int], AbstractContextManager[None]]
-    cases: tuple[str, ...] = ("resnet50", "vit_l")
+    variant: Variant
+    backend: str
+    spilled: tuple[tuple[str, str], ...] = ()
+
+    def spills(self, what: str, dtype: torch.dtype) -> bool:
+        return any((part, _name(dtype)) in self.spilled for part in _parts(what))
 
 
-SWEEPS: tuple[Sweep, ...] = ()
+@dataclass(frozen=True)
+class Engine:
+    """A backend with settings.
+
+    Attributes:
+        open: the variants that are there, and a row for each that is not.
+        is_exact: whether elementwise passes have the default's bits whatever the settings are.
+    """
+
+    backend: str
+    sweeps: tuple[Sweep, ...]
+    cases: tuple[str, ...]
+    open: Callable[[tuple[Variant, ...], Session], tuple[list[Opened], list[Row]]]
+    is_exact: bool = True
+
+
+# ---- variants as backends --------------------------------------------------------------------------
+
+
+_registered: dict[tuple[str, str], str] = {}
+
+
+def _register(name: str, identity: str, make: Callable[[str], Any]) -> str:
+    """A backend of that name, or of the next one that is free: one that is registered stays so."""
+    from sam_kernels import backends
+
+    if (name, identity) not in _registered:
+        taken = sum(known == name for known, _ in _registered)
+        _registered[name, identity] = f"{name} ({taken + 1})" if taken else name
+        backends.register(make(_registered[name, identity]))
+    return _registered[name, identity]
+
+
+def open_libraries(chosen: tuple[Variant, ...], session: Session) -> tuple[list[Opened], list[Row]]:
+    """The CUDA library of every variant; built first where that is still to be done."""
+    from sam_kernels.backends import native
+
+    arch = variants.arch_of_card()
+    missing = [v.name for v in chosen if not variants.is_built(v, arch)]
+    if missing and session.left() < _BUILD_SECONDS:
+        raise Unfinished(f"python -m bench.gpu.variants has to build {', '.join(missing)} first")
+    libraries = variants.build(chosen, arch, machine.cores(), session.ends - _LAST_BUILD_SECONDS)
+    if late := [name for name, built in libraries.items() if built.problem == variants.LATE]:
+        raise Unfinished(f"there was no time to build {', '.join(late)}")
+    opened, rows = [], []
+    for variant, built in zip(chosen, libraries.values(), strict=True):
+        if built.problem is not None:
+            rows.append(skipped(session, variant.name, built.problem))
+            continue
+        library = native._native.Library(str(built.library))
+        name = _register(
+            variant.name,
+            f"{variant.settings}",
+            lambda name, library=library: native.Native(name, {session.gpu.device.type: library}),  # type: ignore[misc]
+        )
+        spilled = tuple(key for key, kernel in built.kernels.items() if kernel.spilled)
+        rows.append(single(variant.name, "text", library.build_info()))
+        opened.append(Opened(variant, name, spilled))
+    return opened, rows
+
+
+class Tuned:
+    """Triton's backend with other constants, which hold while one of its methods runs."""
+
+    def __init__(self, name: str, settings: Mapping[str, int], backend: Any) -> None:
+        from sam_kernels.backends import triton
+
+        constants = {key: value for key, value in settings.items() if key != "num_warps"}
+        if "num_warps" in settings:
+            constants["_LAUNCH"] = {**triton._LAUNCH, "num_warps": settings["num_warps"]}  # type: ignore[dict-item]
+        self.name = name
+        self._backend, self._patch = backend, partial(mock.patch.multiple, triton, **constants)
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def run(*arguments: Any, **named_ones: Any) -> Any:
+            with self._patch():
+                return getattr(self._backend, method)(*arguments, **named_ones)
+
+        return run
+
+
+def open_triton(
+    backend: str, chosen: tuple[Variant, ...], session: Session
+) -> tuple[list[Opened], list[Row]]:
+    from sam_kernels.backends import get
+
+    names = {
+        v.name: _register(
+            f"{backend} {v.name}",
+            f"{v.settings}",
+            lambda name, v=v: Tuned(name, v.settings, get(backend)),  # type: ignore[misc]
+        )
+        for v in chosen
+    }
+    return [Opened(v, names[v.name]) for v in chosen], []
+
+
+ENGINES = (
+    Engine(NATIVE, SWEEPS, ("resnet50", "vit_l", "gpt2_xl"), open_libraries),
+    Engine(TRITON, TRITON_SWEEPS, ("resnet50", "vit_l"), partial(open_triton, TRITON), is_exact=False),
+)
+
+
+# ---- units -----------------------------------------------------------------------------------------
 
 
 def units(session: Session) -> Iterator[Unit]:
-    if not SWEEPS:
-        session.log("  nothing can be swept without recompiling in this version, so nothing was")
-    for sweep in SWEEPS:
-        for value in sweep.values:
-            for case in sweep.cases:
-                yield Unit(f"sweep/{sweep.name}={value}/{case}", partial(_measure, sweep, value, case))
+    for engine in ENGINES:
+        if engine.backend not in session.backends:
+            continue
+        star = [
+            Unit(winners.unit_of(sweep, case, _name(dtype)), partial(measure, engine, sweep, case, dtype))
+            for sweep in engine.sweeps
+            for dtype in DTYPES
+            for case in engine.cases
+        ]
+        yield from star
+        names = [unit.name for unit in star]
+        yield Unit(f"sweep/verdict of {engine.backend}", partial(_judge, engine, names))
+        for dtype in DTYPES:
+            for case in engine.cases:
+                run = partial(_together, engine, names, case, dtype)
+                yield Unit(f"sweep/winners of {engine.backend}/{case}/{_name(dtype)}", run)
 
 
-def _measure(sweep: Sweep, value: int, case: str, session: Session) -> list[Row]:
-    with sweep.setting(value):
-        return [{**row, sweep.name: value} for row in kernels.measure(case, torch.float32, session)]
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype)[6:]
+
+
+def _judge(engine: Engine, star: list[str], session: Session) -> list[Row]:
+    """Tables of all that was measured, and the winner of every setting."""
+    _require(star, session)
+    results = session.results.current()
+    cases = [(case, _name(dtype)) for dtype in DTYPES for case in engine.cases]
+    for sweep in engine.sweeps:
+        session.log(winners.text_of(results, sweep, cases))
+    found = winners.find(results, engine.sweeps, cases)
+    for winner in found:
+        session.log(f"  {winner.sentence}")
+    return [
+        single(
+            f"{w.sweep}, {w.word}", "winner", w.variant.name if w.variant else winners.DEFAULT, ratio=w.ratio
+        )
+        for w in found
+    ]
+
+
+def _together(engine: Engine, star: list[str], case: str, dtype: torch.dtype, session: Session) -> list[Row]:
+    """All winners in one library, against the default."""
+    _require(star, session)
+    cases = [(case, _name(dtype)) for dtype in DTYPES for case in engine.cases]
+    found = winners.find(session.results.current(), engine.sweeps, cases)
+    settings = winners.combined(found)
+    if not settings:
+        return [single("winners", "text", "no value of a setting beats the default")]
+    sweep = Sweep("winners", (Variant("winners", shared=settings),), (*SINGLE, *STEPS))
+    return measure(engine, sweep, case, dtype, session)
+
+
+def _require(star: list[str], session: Session) -> None:
+    missing = [name for name in star if not session.results.current().has(name)]
+    if missing:
+        raise Unfinished(f"{len(missing)} of {len(star)} sweeps are still to be measured")
+
+
+def measure(engine: Engine, sweep: Sweep, case: str, dtype: torch.dtype, session: Session) -> list[Row]:
+    """Milliseconds of every pass with every value, in the same rounds, and their ratios to the default."""
+    opened, rows = engine.open(sweep.variants, session)
+    right = []
+    for one in opened:
+        compare = partial(agreement.problems, engine, one.backend, dtype, session)
+        rows.append(verdict(session, one.variant.name, guarded(compare)))
+        if rows[-1]["metric"] == "passed":
+            right.append(one)
+    shapes = CASES[case].shapes(session.cap)
+    elements = numel(shapes)
+    list_bytes = elements * dtype.itemsize
+    about = {"case": case, "dtype": _name(dtype), "tensors": len(shapes), "numel": elements}
+    wanted = sets_for(list_bytes, session.gpu.l2_bytes)
+    if wanted * LISTS * list_bytes > session.gpu.free_bytes():
+        reason = f"{wanted * LISTS * list_bytes / 2**30:.0f} GiB of lists do not fit the memory that is free"
+        return [{**about, **row} for row in [*rows, skipped(session, case, reason)]]
+    sets = [Set(shapes, dtype, session, LISTS) for _ in range(wanted)]
+    rows += _timed(engine.backend, right, sweep.passes, sets, dtype, elements, session)
+    return [{**about, "sets": wanted, **row} for row in rows]
+
+
+# ---- timing ----------------------------------------------------------------------------------------
+
+
+def _timed(
+    default: str,
+    opened: list[Opened],
+    passes: tuple[str, ...],
+    sets: list[Set],
+    dtype: torch.dtype,
+    elements: int,
+    session: Session,
+) -> list[Row]:
+    everybody = [Opened(Variant(winners.DEFAULT), default), *opened]
+    rows = [
+        skipped(session, named(one.variant.name, what), "a kernel of it spills registers")
+        for one in opened
+        for what in passes
+        if one.spills(what, dtype)
+    ]
+    contestants: dict[str, Contestant] = {}
+    for one in everybody:
+        calls = [_with_steps(one.backend, s.calls(one.backend)) for s in sets]
+        for what in passes:
+            if one.spills(what, dtype):
+                continue
+            turn = [found[what] for found in calls]
+            contestants[f"{named(one.variant.name, what)}/eager"] = _eager(turn, session)
+            contestants[f"{named(one.variant.name, what)}/graph"] = _graph(turn, session)
+    for label, parts in interleave(contestants, session.effort(_SECONDS)).items():
+        peer = label.rpartition("/")[0]
+        moved = bytes_of(next(p for p in passes if peer.endswith(p)), dtype, elements)
+        for metric, samples in parts.items():
+            rows.append(measured(peer, metric, [1e3 * s for s in samples], bytes=moved))
+    pairs = {named(one.variant.name, what): named(winners.DEFAULT, what) for one in opened for what in passes}
+    return rows + beside(rows, pairs, winners.DEFAULT)
+
+
+def bytes_of(what: str, dtype: torch.dtype, elements: int) -> float:
+    """Bytes that a pass, or the three passes of a step, have to move."""
+    return sum(BYTES[part] for part in _parts(what)) * dtype.itemsize / 4 * elements
+
+
+def _parts(what: str) -> tuple[str, ...]:
+    """The passes of a step; a pass alone is its own."""
+    return ("sq_norm", "perturb_", f"descend_ {what.split()[1]}") if what in STEPS else (what,)
+
+
+def _with_steps(backend: str, calls: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """Passes by their own names, and steps of three of them."""
+    found = {name.removeprefix(f"{backend} "): call for name, call in calls.items()}
+    return found | {step: _one_after_another([found[part] for part in _parts(step)]) for step in STEPS}
+
+
+def _one_after_another(calls: list[Callable[[], object]]) -> Callable[[], None]:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+def _eager(turn: list[Callable[[], object]], session: Session) -> Contestant:
+    """The host is so far ahead of the device that the device alone is timed."""
+    all_of = _one_after_another(turn)
+    all_of()  # compiles, where that is left to the first call
+    host = median(session.gpu.host_seconds(all_of, is_busy=True) for _ in range(3))
+    ahead = max(_LEAST_LEAD, 2e6 * host)
+    return lambda: {"eager_ms": sum(session.gpu.laps(turn, ahead=ahead)) / len(turn)}
+
+
+def _graph(turn: list[Callable[[], object]], session: Session) -> Contestant:
+    replay = session.gpu.capture(_one_after_another(turn))
+    return lambda: {"graph_ms": session.gpu.laps([replay], ahead=50)[0] / len(turn)}

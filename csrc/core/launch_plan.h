@@ -8,6 +8,8 @@
 #include <numeric>
 #include <vector>
 
+#include "core/tuning.h"
+
 namespace samk {
 
 // note: [launch order]
@@ -27,9 +29,7 @@ class LaunchPlan {
  public:
   LaunchPlan(const int64_t* numel, int64_t count) : numel_(numel, numel + count) {
     const int64_t total = std::accumulate(numel_.begin(), numel_.end(), int64_t{0});
-    // A power of two that gives about a thousand chunks, chosen by size alone: sums must not depend on the
-    // card.
-    while (chunk_ < kLargest && chunk_ * 2 * 1024 <= total) chunk_ *= 2;
+    while (chunk_ < SAMK_CHUNK_MOST && chunk_ * 2 * SAMK_CHUNKS <= total) chunk_ *= 2;
     for (int64_t n : numel_) chunks_ += n / chunk_ + 1;
   }
 
@@ -47,8 +47,6 @@ class LaunchPlan {
   }
 
  private:
-  static constexpr int64_t kLargest = 65536;  // so that a tail fits 16 bits
-
   std::vector<Launch> split(int32_t capacity) const {
     std::vector<Launch> launches;
     int32_t first_chunk = 0;
@@ -71,7 +69,7 @@ class LaunchPlan {
   }
 
   std::vector<int64_t> numel_;
-  int64_t chunk_ = 2048;
+  int64_t chunk_ = SAMK_CHUNK_LEAST;
   int64_t chunks_ = 0;
   mutable std::map<int32_t, std::vector<Launch>> launches_;
 };

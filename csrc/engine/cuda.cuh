@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "core/lane.h"
@@ -16,11 +17,18 @@ namespace samk {
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 
-// What should be under way to a multiprocessor's threads at any time, so that memory never waits: what CUB
-// asks for on an H200. An H100 needs 32 KB, an A100 16, a B200 64.
-constexpr int kBytesInFlight = 48 * 1024;
+constexpr int kBytesInFlight = SAMK_BYTES_IN_FLIGHT;
 
 enum class Order { kForward, kBackward };
+
+template <int kIsBackward>
+constexpr Order kOrderOf = kIsBackward ? Order::kBackward : Order::kForward;
+
+// Who reads next what is stored: somebody soon, or nobody before much else has been.
+enum class Reader { kSoon, kLate };
+
+template <int kStreams>
+constexpr Reader kReaderOf = kStreams ? Reader::kLate : Reader::kSoon;
 
 struct Chunk {
   int tensor;
@@ -74,6 +82,21 @@ struct alignas(kWidth * sizeof(T) < 16 ? kWidth * sizeof(T) : 16) Raw {
   T v[kWidth];
 };
 
+// Stores a pack with the hint that it is not read soon. Single elements have none: a tail is not worth it.
+template <class T, int kWidth>
+__device__ __forceinline__ void stream(T* p, const Raw<T, kWidth>& x) {
+  if constexpr (sizeof(x) % 16 == 0) {
+#pragma unroll
+    for (int k = 0; k < static_cast<int>(sizeof(x)) / 16; ++k) {
+      uint4 bits;
+      memcpy(&bits, &x.v[k * 16 / sizeof(T)], sizeof bits);
+      __stcs(reinterpret_cast<uint4*>(p) + k, bits);
+    }
+  } else {
+    *reinterpret_cast<Raw<T, kWidth>*>(p) = x;
+  }
+}
+
 // How the elements of one pack are reached: 16 bytes at a time, or one by one where an address is not
 // aligned.
 template <int kWidth_, bool kAligned>
@@ -90,9 +113,11 @@ struct Access {
       return x;
     }
   }
-  template <class T>
+  template <Reader kReader = Reader::kSoon, class T>
   __device__ __forceinline__ void put(T* p, const Raw<T, kWidth>& x) const {
-    if constexpr (kAligned) {
+    if constexpr (kAligned && kReader == Reader::kLate) {
+      stream(p, x);
+    } else if constexpr (kAligned) {
       *reinterpret_cast<Raw<T, kWidth>*>(p) = x;
     } else {
 #pragma unroll
@@ -168,11 +193,11 @@ __device__ __forceinline__ void sweep_in_order(int n, bool is_aligned, const Loa
   if (i < n) add(i, load(i, Access<1, true>{}), Access<1, true>{});
 }
 
-template <class T>
+template <Reader kReader, class T>
 __device__ __forceinline__ void copy_chunk(T* to, const T* from, int n) {
-  sweep<pack_width<T>(), 4>(
+  sweep<pack_width<T>(), SAMK_COPY_LOADS>(
       n, are_aligned(to, from), [&](int i, auto access) { return access.get(from + i); },
-      [&](int i, const auto& x, auto access) { access.put(to + i, x); });
+      [&](int i, const auto& x, auto access) { access.template put<kReader>(to + i, x); });
 }
 
 // ---- sums ------------------------------------------------------------------------------------------

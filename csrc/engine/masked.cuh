@@ -151,9 +151,9 @@ __device__ __forceinline__ void sweep_in_order(int n, bool is_aligned, NoMask, c
 }
 
 // Copies the words that are not 0.
-template <class T>
+template <Reader kReader, class T>
 __device__ __forceinline__ void copy_chunk(T* to, const T* from, int n, const Mask& mask) {
-  sweep<pack_width<T>(), 4>(
+  sweep<pack_width<T>(), SAMK_COPY_LOADS>(
       n, are_aligned(to, from), mask,
       [&](int i, auto word, auto access) {
         Raw<T, decltype(access)::kWidth> x{};
@@ -161,12 +161,12 @@ __device__ __forceinline__ void copy_chunk(T* to, const T* from, int n, const Ma
         return x;
       },
       [&](int i, auto word, const auto& x, auto access) {
-        if (!word.is_empty()) access.put(to + i, x);
+        if (!word.is_empty()) access.template put<kReader>(to + i, x);
       });
 }
-template <class T>
+template <Reader kReader, class T>
 __device__ __forceinline__ void copy_chunk(T* to, const T* from, int n, NoMask) {
-  copy_chunk(to, from, n);
+  copy_chunk<kReader>(to, from, n);
 }
 
 }  // namespace samk

@@ -4,12 +4,14 @@
 
 #include <cstdint>
 
+#include "core/tuning.h"
+
 namespace samk {
 
-constexpr int kThreads = 256;
-constexpr int kBlocksPerSm = 4;
-// Kernels that call functions, or hold wide packs from several lists, need twice the registers.
-constexpr int kBlocksPerSmHeavy = 2;
+constexpr int kThreads = SAMK_THREADS;
+constexpr int kBlocksPerSm = SAMK_BLOCKS;
+constexpr int kBlocksPerSmMiddle = SAMK_BLOCKS_MIDDLE;
+constexpr int kBlocksPerSmHeavy = SAMK_BLOCKS_HEAVY;
 // The most a kernel may take by value (CUDA 12.1, compute capability 7.0), less room for a pass's own
 // scalars.
 constexpr int kParameterBytes = 32764;

@@ -51,12 +51,14 @@ int main() {
     covers_once(numel, 1 + static_cast<int32_t>(random.bits() % 20));
   }
 
-  // The chunk is a power of two between 2,048 and 65,536, chosen by the total alone.
+  // The chunk is the largest power of two within the bounds that gives as many chunks as are wanted.
   for (int64_t total : {int64_t{1}, int64_t{4} << 20, int64_t{25600000}, int64_t{1} << 33}) {
     const int64_t chunk = LaunchPlan(&total, 1).chunk();
-    CHECK(chunk >= 2048 && chunk <= 65536 && (chunk & (chunk - 1)) == 0);
+    CHECK(chunk >= SAMK_CHUNK_LEAST && chunk <= SAMK_CHUNK_MOST && (chunk & (chunk - 1)) == 0);
+    CHECK(chunk == SAMK_CHUNK_LEAST || total / chunk >= SAMK_CHUNKS);
+    CHECK(chunk == SAMK_CHUNK_MOST || total / (2 * chunk) < SAMK_CHUNKS);
   }
   const int64_t resnet = 25557032;
-  CHECK(LaunchPlan(&resnet, 1).chunk() == 16384);
+  if (SAMK_CHUNKS == 1024) CHECK(LaunchPlan(&resnet, 1).chunk() == std::min(16384, SAMK_CHUNK_MOST));
   return finish("launch_plan_test");
 }

@@ -41,7 +41,7 @@ __device__ __forceinline__ const M* unperturbed(const W*, const M* source, Every
 template <class W, class M, class Words>
 __device__ __forceinline__ void restore_chunk(W* w, const M* source, int n, const Words& mask) {
   if constexpr (std::is_same<W, M>::value) {
-    copy_chunk(w, source, n, mask);
+    copy_chunk<kReaderOf<SAMK_STREAM_WEIGHTS>>(w, source, n, mask);
   } else {
     sweep<pack_width<W>(), 1>(
         n, are_aligned(w, source), [&](int i, auto access) { return access.get(source + i); },
@@ -49,7 +49,7 @@ __device__ __forceinline__ void restore_chunk(W* w, const M* source, int n, cons
           Raw<W, decltype(access)::kWidth> rounded;
 #pragma unroll
           for (int k = 0; k < decltype(access)::kWidth; ++k) rounded.v[k] = narrow<W>(widen(x.v[k]));
-          access.put(w + i, rounded);
+          access.template put<kReaderOf<SAMK_STREAM_WEIGHTS>>(w + i, rounded);
         });
   }
 }
@@ -65,7 +65,7 @@ __device__ __forceinline__ void put_weights(W* w, M* master, int i, const V (&x)
   Raw<W, kWidth> rounded;
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) rounded.v[k] = narrow<W>(x[k]);
-  access.put(w + i, rounded);
+  access.template put<kReaderOf<SAMK_STREAM_WEIGHTS>>(w + i, rounded);
   if constexpr (!std::is_same<W, M>::value) {
     Raw<M, kWidth> whole;
 #pragma unroll
@@ -188,9 +188,13 @@ template <class W, class G, bool kHasMasters, int kRule, bool kHasMasks>
 struct Tuning {
   using M = Source<W, kHasMasters>;
   static constexpr int kWidth = pack_width<W, G>();
-  static constexpr int kBlocksOfFour = kHasMasks && kRule == SAMK_ADAM ? 3 : kBlocksPerSm;
-  static constexpr int kBlocks = kWidth == 4 ? kBlocksOfFour : sizeof(M) == 2 ? 3 : kBlocksPerSmHeavy;
-  static constexpr int kUnroll = kRule == SAMK_SGD ? (kWidth == 4 ? 1 : 2) : (kWidth == 2 ? 2 : 1);
+  static constexpr int kBlocksOfFour =
+      kHasMasks && kRule == SAMK_ADAM ? kBlocksPerSmMiddle : SAMK_DESCEND_BLOCKS;
+  static constexpr int kBlocks = kWidth == 4      ? kBlocksOfFour
+                                 : sizeof(M) == 2 ? SAMK_DESCEND_HALF_BLOCKS
+                                                  : kBlocksPerSmHeavy;
+  static constexpr int kUnroll =
+      SAMK_DESCEND_LOADS * (kRule == SAMK_SGD ? (kWidth == 4 ? 1 : 2) : (kWidth == 2 ? 2 : 1));
   static constexpr int kBytes = sizeof(G) + sizeof(M) * (kRule == SAMK_SGD ? 2 : 3);  // read for an element
   static_assert(kBlocks * kThreads * kUnroll * kWidth * kBytes >= kBytesInFlight,
                 "memory would wait for threads");
@@ -206,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, Tuning<W, G, kHasMasters, kRule, kHa
   const bool safe = is_safe(p.scalars);
   const double inv_scale = p.scalars.inv_scale == nullptr ? 1.0 : *p.scalars.inv_scale;
   AdamScalars<S> adam_scalars;
-  for_each_chunk<Order::kForward>(tensors, [&](const Chunk& chunk) {
+  for_each_chunk<kOrderOf<SAMK_DESCEND_BACKWARD>>(tensors, [&](const Chunk& chunk) {
     W* w = element<W>(tensors, kParams, chunk);
     if (w == nullptr || chunk.size == 0) return;
     const G* g = element<const G>(tensors, kGrads, chunk);

@@ -16,7 +16,7 @@ using P = Parameters<kMaxLists + 1, Scalars>;  // lists, then where the dots of 
 
 // Six sums in fp64 beside twelve numbers read ahead: three blocks, which have 72 KB under way, spare a spill.
 template <class T, int kLists>
-constexpr int kBlocks = kLists == 3 && std::is_same<T, double>::value ? 3 : kBlocksPerSm;
+constexpr int kBlocks = kLists == 3 && std::is_same<T, double>::value ? kBlocksPerSmMiddle : kBlocksPerSm;
 
 template <class T, int kLists>
 __global__ void __launch_bounds__(kThreads, kBlocks<T, kLists>)

@@ -92,7 +92,7 @@ template <class Source>
 __device__ __forceinline__ void mark_chunk(const Source& source, const Mask& part, uint64_t* words, int n,
                                            int64_t position, const MarkScalars& scalars) {
   constexpr int kWidth = Source::kWidth, kStride = kThreads * kWidth;
-  constexpr int kUnroll = kBytesInFlight / (kBlocksPerSm * kThreads * 16);
+  constexpr int kPacks = kBytesInFlight / (kBlocksPerSm * kThreads * 16), kUnroll = kPacks < 1 ? 1 : kPacks;
   const bool is_aligned = source.is_aligned();
 #pragma unroll 1
   for (int first = 0; first < n; first += kUnroll * kStride) {

@@ -106,8 +106,8 @@ __device__ __forceinline__ void perturb_chunk(W* w, const G* g, W* snapshot, int
         for (int k = 0; k < decltype(access)::kWidth; ++k) {
           if (word.has(k)) moved.v[k] = narrow_one(k, math(V(widen(x.a.v[k]).x), V(widen(x.b.v[k]).x)));
         }
-        access.put(snapshot + i, x.a);
-        access.put(w + i, moved);
+        access.template put<kReaderOf<SAMK_STREAM_SNAPSHOT>>(snapshot + i, x.a);
+        access.template put<kReaderOf<SAMK_STREAM_WEIGHTS>>(w + i, moved);
       });
 }
 
@@ -127,7 +127,7 @@ __device__ __forceinline__ void perturb_chunk(W* w, const G* g, const float* mas
         for (int k = 0; k < decltype(access)::kWidth; ++k) {
           if (word.has(k)) moved.v[k] = narrow<W>(math(V(x.a.v[k]), V(widen(x.b.v[k]).x)));
         }
-        access.put(w + i, moved);
+        access.template put<kReaderOf<SAMK_STREAM_WEIGHTS>>(w + i, moved);
       });
 }
 
@@ -144,19 +144,19 @@ __device__ __forceinline__ auto make_rounding(const P<kHasMasks, kRounding>& p, 
 // a thread and three blocks still make 48 KB.
 template <class W, int kShape, int kRounding = kNearest>
 constexpr int kBlocks = kShape == SAMK_POWERED || kRounding == kAtRandom          ? kBlocksPerSmHeavy
-                        : kShape == SAMK_LINEAR && std::is_same<W, double>::value ? 3
-                                                                                  : kBlocksPerSm;
+                        : kShape == SAMK_LINEAR && std::is_same<W, double>::value ? kBlocksPerSmMiddle
+                                                                                  : SAMK_PERTURB_BLOCKS;
 
 template <class W, class G, class Other, int kShape, bool kHasMasks, int kRounding>
 __global__ void __launch_bounds__(kThreads, kBlocks<W, kShape, kRounding>)
     perturb_kernel(const __grid_constant__ P<kHasMasks, kRounding> p) {
   constexpr bool kHasMaster = std::is_const<Other>::value;
-  constexpr int kUnroll = kShape == SAMK_POWERED ? 1 : 2;
+  constexpr int kUnroll = kShape == SAMK_POWERED ? 1 : SAMK_PERTURB_LOADS;
   using S = typename Stored<W>::S;
   const auto& tensors = p.tensors;
   const double norm = *p.scalars.norm;
   const bool is_safe = isfinite(norm);
-  for_each_chunk<Order::kBackward>(tensors, [&](const Chunk& chunk) {
+  for_each_chunk<kOrderOf<SAMK_PERTURB_BACKWARD>>(tensors, [&](const Chunk& chunk) {
     const double* row = p.scalars.table + tensors.row[chunk.tensor] * SAMK_COLUMNS;
     W* w = element<W>(tensors, kParams, chunk);
     const G* g = element<const G>(tensors, kGrads, chunk);
@@ -165,7 +165,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<W, kShape, kRounding>)
     const auto mask = find_mask<MaskOf<kHasMasks>>(tensors, kMasks, chunk);
     const bool is_fisher = row[SAMK_METRIC] == SAMK_FISHER;
     if (!is_safe || (is_fisher && kShape != SAMK_LINEAR)) {
-      if constexpr (!kHasMaster) copy_chunk(other, static_cast<const W*>(w), chunk.size, mask);
+      if constexpr (!kHasMaster) {
+        copy_chunk<kReaderOf<SAMK_STREAM_SNAPSHOT>>(other, static_cast<const W*>(w), chunk.size, mask);
+      }
       return;
     }
     const double* own = static_cast<const double*>(tensors.data[kTensorScale][chunk.tensor]);

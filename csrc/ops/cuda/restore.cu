@@ -13,13 +13,14 @@ using P = Parameters<kMasks + kHasMasks, Scalars>;
 
 // Bits, not numbers: any type of that size.
 template <class T, bool kHasMasks>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, SAMK_COPY_BLOCKS)
     restore_kernel(const __grid_constant__ P<kHasMasks> p) {
   for_each_chunk<Order::kForward>(p.tensors, [&](const Chunk& chunk) {
     T* w = element<T>(p.tensors, kParams, chunk);
     const T* s = element<const T>(p.tensors, kSnapshots, chunk);
     if (w == nullptr || s == nullptr) return;
-    copy_chunk(w, s, chunk.size, find_mask<MaskOf<kHasMasks>>(p.tensors, kMasks, chunk));
+    copy_chunk<kReaderOf<SAMK_STREAM_WEIGHTS>>(w, s, chunk.size,
+                                               find_mask<MaskOf<kHasMasks>>(p.tensors, kMasks, chunk));
   });
 }
 
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) round_kernel(const __g
           Raw<W, decltype(access)::kWidth> rounded;
 #pragma unroll
           for (int k = 0; k < decltype(access)::kWidth; ++k) rounded.v[k] = narrow<W>(Lane<float>(x.v[k]));
-          access.put(w + i, rounded);
+          access.template put<kReaderOf<SAMK_STREAM_WEIGHTS>>(w + i, rounded);
         });
   });
 }
@@ -63,7 +64,7 @@ extern "C" int samk_restore(const samk_plan* plan, const samk_restore_args* a) {
   }
   if (a->params.dtype != a->snapshots.dtype) return fail("restore_: weights and snapshots differ in dtype");
   const auto run = [&](auto kernel) {
-    return launch(site, kernel, kBlocksPerSm, Scalars{}, [&](int list, int32_t t) {
+    return launch(site, kernel, SAMK_COPY_BLOCKS, Scalars{}, [&](int list, int32_t t) {
       return at(list == kParams ? a->params : list == kSnapshots ? a->snapshots : a->masks, t);
     });
   };

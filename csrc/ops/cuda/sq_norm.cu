@@ -118,7 +118,7 @@ struct Sum {
   }
 };
 struct Largest {
-  static constexpr int kUnroll = 4;
+  static constexpr int kUnroll = SAMK_NORM_LOADS;
   static constexpr bool kSquares = false;
   template <class V>
   __device__ __forceinline__ void operator()(V& largest, V u) const {
@@ -142,12 +142,12 @@ __device__ __forceinline__ auto make_term(const Scalars& scalars) {
   } else if constexpr (kMoment == SAMK_POWER) {
     return Sum<Power<S>, 1>{{static_cast<S>(*scalars.peak), static_cast<S>(scalars.q)}};
   } else {
-    return Sum<Square, 4>{};
+    return Sum<Square, SAMK_NORM_LOADS>{};
   }
 }
 
 template <int kMoment>
-constexpr int kBlocks = kMoment == SAMK_POWER ? kBlocksPerSmHeavy : kBlocksPerSm;
+constexpr int kBlocks = kMoment == SAMK_POWER ? kBlocksPerSmHeavy : SAMK_NORM_BLOCKS;
 
 template <class G, class W, int kMoment, bool kHasMasks>
 __global__ void __launch_bounds__(kThreads, kBlocks<kMoment>)

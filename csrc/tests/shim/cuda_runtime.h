@@ -35,6 +35,10 @@ struct dim3 {
   unsigned x, y, z;
 };
 
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 // Of the thread that runs; one launch runs at a time.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
