@@ -21,14 +21,14 @@ from ..passes import BYTES
 from ..records import Row, measured, single
 from ..timing import Contestant, interleave
 from . import agreement, variants, winners
-from .kernels import Set, sets_for
+from .kernels import sets_for
 from .lists import CASES, numel
 from .ours import NATIVE, TRITON, beside, named
 from .session import Session, Unfinished, Unit, guarded, skipped, verdict
+from .sets import LISTS, Layout, Set
 from .settings import SINGLE, STEPS, SWEEPS, TRITON_SWEEPS, Sweep, Variant
 
 DTYPES = (torch.float32, torch.bfloat16)
-LISTS = 5  # weights, gradients, snapshots and two of state
 
 # With less time left in the stage no library of a sweep is built, and with less than the other none is begun.
 _BUILD_SECONDS, _LAST_BUILD_SECONDS = 150, 90
@@ -235,7 +235,7 @@ def measure(engine: Engine, sweep: Sweep, case: str, dtype: torch.dtype, session
     if wanted * LISTS * list_bytes > session.gpu.free_bytes():
         reason = f"{wanted * LISTS * list_bytes / 2**30:.0f} GiB of lists do not fit the memory that is free"
         return [{**about, **row} for row in [*rows, skipped(session, case, reason)]]
-    sets = [Set(shapes, dtype, session, LISTS) for _ in range(wanted)]
+    sets = [Set(shapes, Layout(dtype), session) for _ in range(wanted)]
     rows += _timed(engine.backend, right, sweep.passes, sets, dtype, elements, session)
     return [{**about, "sets": wanted, **row} for row in rows]
 
