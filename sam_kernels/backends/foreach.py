@@ -116,7 +116,7 @@ class Foreach:
             w, snapshots = _pick(group.params, members), _pick(group.snapshots, members)
             g = _pick(group.grads, members)
             if any(map(is_, g, snapshots)):
-                g = list(many._foreach_clone(g))
+                g = _copies(g)
             if group.masters is None:
                 many._foreach_copy_(snapshots, w)
             if finite is False:
@@ -124,7 +124,7 @@ class Foreach:
             if group.masters is None:
                 values = _wide(w)
             else:
-                values = list(many._foreach_clone(snapshots))
+                values = _copies(snapshots)
                 snapshots = [x.to(group.dtype) for x in snapshots]  # the weights as they are
             dtype = _wide_dtype(group.dtype)
             if tensor_scale is None:
@@ -226,7 +226,7 @@ class Foreach:
             return
         targets = group.params if group.masters is None else group.snapshots
         changing = [] if safe is True else _changing(group, targets, rule, slots)
-        before = many._foreach_clone(changing) if changing else []
+        before = _copies(changing) if changing else []
         for row, members in by_row:
             g = _wide(_pick(group.grads, members))
             if inv_scale is not None:
@@ -429,6 +429,13 @@ def _pieces(tensor: Tensor, group: TensorGroup) -> Sequence[Tensor]:
 
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies in memory of their own; torch 2.11 has no _foreach_clone."""
+    made = [torch.empty_like(x) for x in tensors]
+    many._foreach_copy_(made, tensors)
+    return made
 
 
 def _wide(tensors: Tensors) -> Tensors:
