@@ -69,8 +69,14 @@ def _build_once() -> str | None:
         return None if _is_fresh() else _build()
 
 
+def _needless() -> str | None:
+    """Why the CUDA sources are not wanted on the CPU, or None: building them takes a GPU's time."""
+    is_gpu_alone = os.environ.get("SAM_KERNELS_TEST_DEVICE", "cpu") == "cuda"
+    return "SAM_KERNELS_TEST_DEVICE=cuda: the CUDA sources run on the GPU" if is_gpu_alone else None
+
+
 def _load() -> tuple[native.Native, str | None]:
-    problem = native._problem or _build_once()
+    problem = native._problem or _needless() or _build_once()
     libraries = {"cpu": native._native.Library(str(LIBRARY))} if problem is None else {"cpu": problem}
     return native.Native("emulated", libraries), problem
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sam_kernels import graphs
 from sam_kernels.backends import foreach, native
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
@@ -155,3 +156,21 @@ def record(monkeypatch, run: Callable[[], Any], persistent: list[Tensor]) -> tup
         for x, old in zip(persistent, kept, strict=True):
             x.copy_(old)
     return tape.replay, result
+
+
+@contextmanager
+def in_place_of_a_graph(monkeypatch, model, opt) -> Iterator[None]:
+    """`make_graphed_step` on the CPU: a tape records in place of a graph, and puts back what it has moved."""
+
+    def on_tape(run, device):
+        slots = [x for own in opt._slots.tensors.values() for x in own.values()]
+        state = [x for own in opt.base_optimizer.state.values() for x in own.values()]
+        scalars = list(opt._slots.scalars.values())
+        persistent = [*model.parameters(), *model.buffers(), *slots, *state, *scalars]
+        return record(monkeypatch, run, [x for x in persistent if isinstance(x, torch.Tensor)])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "_device_of", lambda opt: torch.device("cpu"))
+        patch.setattr(graphs, "_on_side_stream", lambda run, device: run())
+        patch.setattr(graphs, "_record", on_tape)
+        yield

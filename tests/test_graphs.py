@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fixtures import assert_close, backends, base_state, same_bits, values, why_not
-from tape import Spy, like_an_accelerator, record
+from tape import Spy, in_place_of_a_graph, like_an_accelerator
 from torch import nn
 
 from sam_kernels import SAM, graphs, recipes
@@ -285,17 +285,7 @@ def taped(monkeypatch):
     """`make_graphed_step` on the CPU: a tape records in place of a graph, and puts back what it has moved."""
 
     def make(model, opt, **options):
-        def on_tape(run, device):
-            slots = [x for own in opt._slots.tensors.values() for x in own.values()]
-            state = [x for own in opt.base_optimizer.state.values() for x in own.values()]
-            scalars = list(opt._slots.scalars.values())
-            persistent = [*model.parameters(), *model.buffers(), *slots, *state, *scalars]
-            return record(monkeypatch, run, [x for x in persistent if isinstance(x, torch.Tensor)])
-
-        with monkeypatch.context() as patch:
-            patch.setattr(graphs, "_device_of", lambda opt: torch.device("cpu"))
-            patch.setattr(graphs, "_on_side_stream", lambda run, device: run())
-            patch.setattr(graphs, "_record", on_tape)
+        with in_place_of_a_graph(monkeypatch, model, opt):
             return graphs.make_graphed_step(model, loss_fn, opt, batch(0), **options)
 
     with like_an_accelerator(monkeypatch):

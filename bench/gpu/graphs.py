@@ -16,6 +16,7 @@ from .compare import AWKWARD
 from .lists import CASES
 from .ours import named
 from .session import Session, guarded, skipped, verdict
+from .trajectories import state_of
 
 _WARMUP, _REPLAYS = 3, 4
 
@@ -69,7 +70,7 @@ class Static:
         self.optimizer.second_step()
 
     def results(self) -> dict[str, list[torch.Tensor]]:
-        return {"weights": list(self.params), **compare.state_of(self.optimizer, self.params)}
+        return {"weights": list(self.params), **state_of(self.optimizer)}
 
 
 def check(backend: str, name: str, session: Session) -> list[Row]:
