@@ -248,6 +248,14 @@ class BuildPython(build_py):
 class BuildNative(build_ext):
     """Runs CMake where setuptools would run a compiler."""
 
+    is_in_place = False  # python setup.py build_ext --inplace, for a checkout that is installed nowhere
+
+    def run(self) -> None:
+        self.is_in_place = bool(self.inplace)  # setuptools builds elsewhere, and forgets it meanwhile
+        if self.is_in_place and DECISION.compiler is None:
+            record(ROOT / "sam_kernels", summary(DECISION, TOOLKIT))
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         try:
@@ -262,8 +270,8 @@ class BuildNative(build_ext):
                 f"sam_kernels: the native build failed, and the lines above say why: {failure}. "
                 "SAM_KERNELS_BUILD=none installs without it."
             ) from None
-        # An editable install copies extension modules into the source tree afterwards, and nothing else.
-        home = ROOT / "sam_kernels" if self.editable_mode else package
+        # Both copy extension modules into the source tree afterwards, and nothing else.
+        home = ROOT / "sam_kernels" if self.editable_mode or self.is_in_place else package
         toolkit = build_cuda(home.parent)
         compiled = re.findall(r"SAMK_ISA=(\w+)", (build / "compile_commands.json").read_text())
         line = summary(DECISION, toolkit, list(dict.fromkeys(reversed(compiled))))
