@@ -144,7 +144,8 @@ def bar(  # type: ignore[no-untyped-def]
 ) -> None:
     """A median with its whiskers and its number."""
     middle = spread["p50"]
-    whiskers = [[middle - spread["p20"]], [spread["p80"] - middle]]
+    # Equal ratios differ in their last bit once they are interpolated.
+    whiskers = [[max(0.0, middle - spread["p20"])], [max(0.0, spread["p80"] - middle)]]
     axis.barh(place, middle, color=color, height=height, xerr=whiskers, error_kw={"lw": 1, "ecolor": "0.25"})
     axis.annotate(
         number(middle) + unit,

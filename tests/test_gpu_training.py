@@ -310,6 +310,16 @@ def test_a_unit_is_not_begun_with_less_time_than_it_takes(session, monkeypatch):
     assert "time is over" in session.text[-1] and not session.results.rows
 
 
+def test_a_wrong_peer_leaves_its_unit_done_and_our_own_fault_does_not(tmp_path):
+    results = device.GpuResults(tmp_path / "gpu.jsonl", MACHINE)
+    results.replace("train/a/1", [single("po_fused", "wrong", "off"), single("ours_native", "loss", 1.0)])
+    results.replace("train/b/1", [single("po_fused", "loss", 1.0), single("ours_native", "wrong", "off")])
+    results.replace("recipes/a/1/fewer", [single("looksam", "wrong", "off")])
+    units = ("train/a/1", "train/b/1", "recipes/a/1/fewer")
+    assert [results.has(unit) for unit in units] == [True, False, False]
+    assert [results.state(unit) for unit in units] == ["done", "wrong", "wrong"]
+
+
 # ---- the report --------------------------------------------------------------------------------------------
 
 SOURCE = {**MACHINE, "gpu": "Card", "cuda": "13.0"}

@@ -27,7 +27,7 @@ from .. import machine
 from ..records import Row, single
 from ..report import number
 from . import ceilings, correctness, kernels, ours, phase, report, sweeps, training
-from .device import Gpu, GpuResults, absence, describe, rate, slug
+from .device import Gpu, GpuResults, absence, describe, is_fault, rate, slug
 from .predictions import ceiling, kind_of
 from .report import goals_table
 from .session import Session, Unfinished, Unit
@@ -261,14 +261,6 @@ def _run(unit: Unit, session: Session) -> int:
         session.log(f"  {line}")
     session.log(f"  {time.monotonic() - began:.1f} s")
     return WRONG if any(is_fault(unit.name, row) for row in rows) else 0
-
-
-def is_fault(unit: str, row: Row) -> bool:
-    """Whether a row says that we are wrong; a peer that is wrong is only left out."""
-    if row["metric"] != "wrong":
-        return False
-    has_peers = unit.split("/")[0] in ("phase", "train")
-    return not has_peers or row["peer"].startswith(("ours", unit))
 
 
 def lines_of(rows: list[Row], results: GpuResults) -> Iterator[str]:

@@ -30,9 +30,6 @@ _FINGERPRINT = ("gpu", "driver", "torch", "triton", "tree")
 # Sources that only show what was measured: a better picture must not cost a day's figures.
 _SHOWING = ("bench/plot.py", "bench/report.py", "bench/gpu/report.py", "bench/gpu/pictures.py")
 
-# What a unit must not contain to count as done.
-_UNDONE = ("wrong", "unfinished")
-
 _CYCLES_PER_MICROSECOND = 2000  # of the spin kernel that keeps a device busy; more than any card's clock
 
 # A device takes about a thousand launches ahead; then the host waits, and its time is no longer its own.
@@ -234,12 +231,20 @@ def _driver() -> str:
         return "unknown"
 
 
+def is_fault(unit: str, row: Row) -> bool:
+    """Whether a row says that we are wrong; a peer that is wrong is only left out."""
+    if row["metric"] != "wrong":
+        return False
+    has_peers = unit.split("/")[0] in ("phase", "train")
+    return not has_peers or row["peer"].startswith(("ours", unit))
+
+
 class GpuResults(Results):
-    """Rows of a GPU. A unit is done if it was measured with these sources and nothing in it was wrong."""
+    """Rows of a GPU. A unit is done if it was measured with these sources and nothing of ours was wrong."""
 
     def has(self, unit: str) -> bool:
         rows = [row for row in self.rows if row["unit"] == unit]
-        return super().has(unit) and not any(row["metric"] in _UNDONE for row in rows)
+        return super().has(unit) and not any(is_fault(unit, row) for row in rows)
 
     def state(self, unit: str) -> str:
         """What became of a unit, in a word or two."""

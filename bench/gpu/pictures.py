@@ -56,22 +56,27 @@ def draw(results: GpuResults, target: Path) -> bool:
             [u for u in results.units("kernels") if peers_with(results, u, "graph_ms")],
         ),
         (
-            "Whole training step, thousands a second; longer is faster",
+            "Whole training step, thousands of images or tokens a second; longer is faster",
             _train_panel,
             [u for u in results.units("train") if peers_with(results, u, "total_ms", "graph_ms")],
         ),
     ]
-    return _draw(results, [band for band in bands if band[2]], target)
+    return _draw(
+        results,
+        [band for band in bands if band[2]],
+        "grey bars do less work than a SAM step, light blue is Triton, pale bars are CUDA graphs",
+        target,
+    )
 
 
 def draw_recipes(results: GpuResults, target: Path) -> bool:
     """Every recipe's training step over that of the base alone; False if there is nothing to draw."""
     units = [u for u in results.units("recipes") if peers_with(results, u, "total_to_base")]
     title = "Whole training step of each recipe over that of the base optimizer alone; shorter is faster"
-    return _draw(results, [(title, _recipes_panel, units)] if units else [], target)
+    return _draw(results, [(title, _recipes_panel, units)] if units else [], "dotted: the base alone", target)
 
 
-def _draw(results: GpuResults, bands: list[tuple[str, Panel, list[str]]], target: Path) -> bool:
+def _draw(results: GpuResults, bands: list[tuple[str, Panel, list[str]]], note: str, target: Path) -> bool:
     """Bands of panels, one above another."""
     if not bands:
         return False
@@ -83,6 +88,7 @@ def _draw(results: GpuResults, bands: list[tuple[str, Panel, list[str]]], target
     lines = [_lines(results, units) for _, _, units in bands]
     heights = [sum(_LINE * most + 0.75 for most in band) + 0.45 for band in lines]
     figure = pyplot.figure(figsize=(17, sum(heights) + 1.0), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)
     parts = figure.subfigures(len(bands), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, (title, panel, units), band in zip(parts, bands, lines, strict=True):
         part.suptitle(title, fontsize=11, x=0.01, ha="left", weight="bold")
@@ -90,14 +96,14 @@ def _draw(results: GpuResults, bands: list[tuple[str, Panel, list[str]]], target
         axes = part.subplots(len(band), columns, squeeze=False, height_ratios=[most + 2 for most in band])
         for axis in axes.flat[len(units) :]:
             axis.set_visible(False)
-        for axis, unit in zip(axes.flat, units, strict=False):
+        for number, (axis, unit) in enumerate(zip(axes.flat, units, strict=False)):
             panel(axis, results, unit)
-            axis.invert_yaxis()
-            axis.margins(x=0.16, y=0.02)
+            axis.margins(x=0.16)
             axis.set_xlim(left=0)
+            axis.set_ylim(band[number // columns] - 0.4, -0.6)  # bars of one height, the first on top
             axis.tick_params(axis="x", labelsize=8)
             axis.spines[["top", "right"]].set_visible(False)
-    _finish(figure, results, target)
+    _finish(figure, results, note, target)
     return True
 
 
@@ -158,8 +164,8 @@ def _phase_panel(axis: Any, results: GpuResults, unit: str) -> None:
     bound = roofline_ms(results, ours)
     if bound is not None:
         axis.axvline(bound, color=BLUE, lw=1, ls=":")
-    kind = ", torch.compile" if unit.endswith("/compiled") else ""
-    axis.set_title(f"{case_title(first)}, {base_title(first)}, {unit.split('/')[3]}{kind}", fontsize=9.5)
+    what = ", ".join(unit.split("/")[3:])
+    axis.set_title(f"{case_title(first)}\n{base_title(first)}, {what}", fontsize=9.5)
 
 
 def _passes_panel(axis: Any, results: GpuResults, unit: str) -> None:
@@ -177,8 +183,8 @@ def _passes_panel(axis: Any, results: GpuResults, unit: str) -> None:
 def _train_panel(axis: Any, results: GpuResults, unit: str) -> None:
     first = rows_of(results, unit)[0]
     _panel(axis, results, unit, scale=1e-3)
-    title = f"{case_title(first)}, {base_title(first)}, batch {first['batch']}, {first['precision']}"
-    axis.set_title(f"{title}\nthousands of {first['item']} a second", fontsize=9.5)
+    how = f"batch {first['batch']}, {first['precision']}, 1,000 {first['item']}/s"
+    axis.set_title(f"{case_title(first)}, {base_title(first)}\n{how}", fontsize=9.5)
 
 
 def _recipes_panel(axis: Any, results: GpuResults, unit: str) -> None:
@@ -189,20 +195,17 @@ def _recipes_panel(axis: Any, results: GpuResults, unit: str) -> None:
     axis.set_yticks(range(len(bars)), [recipe_label(results, unit, p) for p, _ in bars], fontsize=8.5)
     row, alone = rows_of(results, unit)[0], results.find(unit, PLAIN, "total_ms")
     one = f"; 1 = {alone['p50']:.3g} ms" if alone else ""
-    axis.set_title(f"{case_title(row)}, {base_title(row)}, batch {row['batch']}{one}", fontsize=9.5)
+    axis.set_title(f"{case_title(row)}, {base_title(row)}\nbatch {row['batch']}{one}", fontsize=9.5)
 
 
-def _finish(figure: Any, results: GpuResults, target: Path) -> None:
+def _finish(figure: Any, results: GpuResults, note: str, target: Path) -> None:
     """Say who measured, and write it."""
     from matplotlib import pyplot
 
     of = results.machine
     versions = ", ".join(f"{name} {of.get(name)}" for name in ("driver", "torch", "triton", "commit"))
-    figure.suptitle(
-        f"{of['gpu']}, {versions}\nmedians of interleaved rounds, whiskers p20 to p80; grey bars do less "
-        "work than a SAM step, light blue is Triton, pale bars are CUDA graphs",
-        fontsize=11,
-    )
+    how = "medians of interleaved rounds, whiskers p20 to p80"
+    figure.suptitle(f"{of['gpu']}, {versions}\n{how}; {note}", fontsize=11)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=100)
     pyplot.close(figure)

@@ -51,11 +51,11 @@ def _every_other(step: int) -> float:
 FEWER = {
     "looksam": Way({"k": 5}, period=5, note="k = 5"),
     "rst": Way({"probability": _every_other}, period=2, note="every other step"),
-    "ae_sam": Way({"early": 0.0, "late": 0.0}, period=8, note="steps of more than the mean norm"),
+    "ae_sam": Way({"early": 0.0, "late": 0.0}, period=8, note="norms above their mean"),
     "msam": Way(),
     "rand_sam": Way(),
     "k_sam": Way(closure="top_losses", note="a third of the samples"),
-    "esam": Way(closure="sharpest", note="half of the samples in the second gradient"),
+    "esam": Way(closure="sharpest", note="half of the samples"),
 }
 # Two gradients, and another phase or other memory than SAM's.
 OTHER_PHASE = {
