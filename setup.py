@@ -238,11 +238,16 @@ class BuildPython(build_py):
         if not self.editable_mode:
             shutil.rmtree(package, ignore_errors=True)
         super().run()
-        (package / CUDA_LIBRARY).unlink(missing_ok=True)
-        if DECISION.compiler is None:
-            for stale in package.glob("_native.*"):
-                stale.unlink()
-            record(package, summary(DECISION, TOOLKIT))
+        start_afresh(package)
+
+
+def start_afresh(package: Path) -> None:
+    """Remove the libraries of a former build, and say so where none will take their place."""
+    (package / CUDA_LIBRARY).unlink(missing_ok=True)
+    if DECISION.compiler is None:
+        for stale in package.glob("_native.*"):
+            stale.unlink()
+        record(package, summary(DECISION, TOOLKIT))
 
 
 class BuildNative(build_ext):
@@ -252,8 +257,12 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         self.is_in_place = bool(self.inplace)  # setuptools builds elsewhere, and forgets it meanwhile
-        if self.is_in_place and DECISION.compiler is None:
-            record(ROOT / "sam_kernels", summary(DECISION, TOOLKIT))
+        if self.is_in_place:
+            start_afresh(ROOT / "sam_kernels")
+            # It would be left there if it were newer than what is built now.
+            (ROOT / "sam_kernels" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(
+                missing_ok=True
+            )
         super().run()
 
     def build_extension(self, ext: Extension) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import time
@@ -240,6 +241,11 @@ def test_the_other_recipes_run(session, monkeypatch, group):
 
 
 # ---- time and what is left -------------------------------------------------------------------------------
+
+
+def test_the_readme_says_what_each_stage_is_given():
+    rows = re.findall(r"^\| (\d) \| (\d+) \|", (ROOT / "bench" / "README.md").read_text(), re.M)
+    assert {int(stage): int(seconds) for stage, seconds in rows} == check._STAGE_SECONDS
 
 
 def test_stages_fit_three_calls_of_ten_minutes_and_half_an_hour():

@@ -26,7 +26,7 @@ from .predictions import kind_of
 
 # As in the pictures of CPUs: what does less work than a SAM step, ours, the others.
 _BOUNDS = (COPY, "base_alone", PLAIN)
-_TRITON, _GRAPH = "#7fb3d5", 0.55  # a lighter blue, and how opaque the bars of graphs are
+_TRITON, _GRAPH = "#3f9e8f", 0.55  # green, and how opaque the bars of graphs are
 _COLUMNS = 3
 _LINE = 0.24  # inches a bar takes
 
@@ -64,7 +64,7 @@ def draw(results: GpuResults, target: Path) -> bool:
     return _draw(
         results,
         [band for band in bands if band[2]],
-        "grey bars do less work than a SAM step, light blue is Triton, pale bars are CUDA graphs",
+        "grey bars do less work than a SAM step, green is Triton, pale bars are CUDA graphs",
         target,
     )
 
