@@ -372,6 +372,12 @@ def synthetic(path, **machine):
         rows += [single(peer, "launches", 3), measured(peer, "host_us", spread(31.0))]
         rows.append(single(peer, "peak_extra_bytes", 4 * about["numel"]))
     results.replace("phase/resnet50/sgd/float32", [{**about, "base": "sgd", **row} for row in rows])
+    results.replace("phase/vit_l/adamw/float32", [single("everybody", "skipped", "90 GiB are free")])
+    rows = [measured("native select 0.5", "eager_ms", spread(0.2), bytes=4 * about["numel"])]
+    rows.append(single("native select 0.5", "peak_extra_bytes", about["numel"] // 2))
+    results.replace("kernels/resnet50/selection", [{**about, **row} for row in rows])
+    results.replace("sweep/verdict of native", [single("chunk, all passes", "winner", "8192", ratio=0.98)])
+    results.replace("sweep/chunk/resnet50/float32", [measured("8192 perturb_", "graph_ms", spread(0.1))])
     about |= {"base": "sgd", "batch": 64, "items": 64, "item": "images", "precision": "bfloat16 autocast"}
     rows = []
     for peer, eager, graph in (
@@ -416,8 +422,13 @@ def test_tables_and_pictures_are_redrawn_from_rows_alone(tmp_path, capsys):
         "pytorch-optimizer, foreach off: not run: pytorch-optimizer is not installed",
         "Whole training step: ResNet-50 (161 tensors, 26M), SGD momentum, batch 64, bfloat16 autocast",
         "looksam, k = 5",
+        "everybody: not run: 90 GiB are free",
+        "Sweeps: verdict of native",
     ):
         assert piece in text, piece
+    assert "Sweeps: chunk" not in text
+    (selected,) = (line for line in text.splitlines() if "native select 0.5" in line)
+    assert selected.strip("│ ").split("│")[-1].strip() == "0.50"
     line = next(line for line in text.splitlines() if "ours, native" in line and "0.26" in line)
     cells = [cell.strip() for cell in line.strip("│ ").split("│")]
     assert cells[1] == "0.29" and cells[4] == "0.26" and cells[3] == cells[6] == "1.00"

@@ -32,8 +32,8 @@ from .predictions import ceiling, kind_of
 from .report import goals_table
 from .session import Session, Unfinished, Unit
 
-# Seconds of each stage. All together they leave, of half an hour, more than five minutes for the build and for
-# the starts of machines; 1 and 2, 3 and 4, and the rest fit a call of ten minutes each.
+# Seconds of each stage. All together they leave, of half an hour, over five minutes for the build and the
+# starts of machines; 1 and 2, 3 and 4, and the rest fit a call of ten minutes each.
 _STAGE_SECONDS = {1: 40, 2: 420, 3: 210, 4: 320, 5: 310, 6: 160}
 _GRACE = 45  # seconds a stage may take longer than that, to end the unit it is in
 _LEAST_SECONDS = 25  # a stage is not begun with less: torch alone takes some to start

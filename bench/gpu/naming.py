@@ -23,6 +23,11 @@ def label(peer: str) -> str:
     return peer_label(peer) if is_copy(peer) else SPECS[peer].label if peer in SPECS else peer
 
 
+def about(results: Results, unit: str) -> Row | None:
+    """A row that says what a unit is about; None where everybody was left out."""
+    return next((row for row in rows_of(results, unit) if "tensors" in row), None)
+
+
 def case_title(row: Row) -> str:
     """A list or a model, with its size."""
     case = row["case"]

@@ -12,13 +12,13 @@ from ..records import Row
 from ..training import PLAIN
 from .device import GpuResults
 from .naming import (
+    about,
     base_title,
     case_title,
     label,
     peers_with,
     recipe_label,
     roofline_ms,
-    rows_of,
     share_of_ceiling,
 )
 from .ours import NATIVE, OURS
@@ -53,7 +53,7 @@ def draw(results: GpuResults, target: Path) -> bool:
             "Each pass by itself in a graph, share of what plain loops reach (reading for norms, copying for "
             "the rest); longer is faster",
             _passes_panel,
-            [u for u in results.units("kernels") if peers_with(results, u, "graph_ms")],
+            [u for u in results.units("kernels") if peers_with(results, u, "graph_ms") and _is_bare(u)],
         ),
         (
             "Whole training step, thousands of images or tokens a second; longer is faster",
@@ -67,6 +67,11 @@ def draw(results: GpuResults, target: Path) -> bool:
         "grey bars do less work than a SAM step, green is Triton, pale bars are CUDA graphs",
         target,
     )
+
+
+def _is_bare(unit: str) -> bool:
+    """Passes under masks have a table alone: they are many, and are held against the bare ones there."""
+    return not unit.endswith("/masked")
 
 
 def draw_recipes(results: GpuResults, target: Path) -> bool:
@@ -123,7 +128,7 @@ def _bars(results: GpuResults, unit: str) -> list[tuple[str, str]]:
         return [(p, "graph_ms") for p in peers_with(results, unit, "graph_ms")]
     eager = "eager_ms"
     if section == "train":
-        item = rows_of(results, unit)[0]["item"]
+        item = (about(results, unit) or {})["item"]
         metrics: tuple[str, ...] = (f"{item}_per_second", f"graph_{item}_per_second")
     else:
         metrics = (eager, "graph_ms")
@@ -156,7 +161,7 @@ def _scaled(row: Row | None, scale: float) -> dict[str, float]:
 
 
 def _phase_panel(axis: Any, results: GpuResults, unit: str) -> None:
-    first = rows_of(results, unit)[0]
+    first = about(results, unit) or {}
     _panel(axis, results, unit)
     ours = next(
         (row for o in OURS for m in ("eager_ms", "graph_ms") if (row := results.find(unit, o, m))), None
@@ -176,12 +181,12 @@ def _passes_panel(axis: Any, results: GpuResults, unit: str) -> None:
             bar(axis, place, share, BLUE if peer.startswith(NATIVE) else _TRITON)
     axis.axvline(1, color="0.4", lw=1, ls=":")
     axis.set_yticks(range(len(bars)), [peer for peer, _ in bars], fontsize=8.5)
-    row = rows_of(results, unit)[0]
+    row = about(results, unit) or {}
     axis.set_title(f"{case_title(row)}, {unit.split('/')[-1]}", fontsize=9.5)
 
 
 def _train_panel(axis: Any, results: GpuResults, unit: str) -> None:
-    first = rows_of(results, unit)[0]
+    first = about(results, unit) or {}
     _panel(axis, results, unit, scale=1e-3)
     how = f"batch {first['batch']}, {first['precision']}, 1,000 {first['item']}/s"
     axis.set_title(f"{case_title(first)}, {base_title(first)}\n{how}", fontsize=9.5)
@@ -193,7 +198,7 @@ def _recipes_panel(axis: Any, results: GpuResults, unit: str) -> None:
         bar(axis, place, results.find(unit, peer, metric), BLUE)
     axis.axvline(1, color=GREY, lw=1.5, ls=":")
     axis.set_yticks(range(len(bars)), [recipe_label(results, unit, p) for p, _ in bars], fontsize=8.5)
-    row, alone = rows_of(results, unit)[0], results.find(unit, PLAIN, "total_ms")
+    row, alone = about(results, unit) or {}, results.find(unit, PLAIN, "total_ms")
     one = f"; 1 = {alone['p50']:.3g} ms" if alone else ""
     axis.set_title(f"{case_title(row)}, {base_title(row)}\nbatch {row['batch']}{one}", fontsize=9.5)
 

@@ -20,6 +20,7 @@ from . import pictures
 from .ceilings import COPY
 from .device import GpuResults, rate
 from .naming import (
+    about,
     base_title,
     case_title,
     label,
@@ -105,10 +106,12 @@ def tables(results: GpuResults) -> Iterator[Table]:
         ("phase", _phase_table),
         ("train", _train_table),
         ("recipes", _recipes_table),
-        ("sweep", _passes_table),
+        ("sweep", _winners_table),
     ):
         for unit in results.units(section):
-            yield _with_notes(table(results, unit), results, unit)
+            found = table(results, unit) if about(results, unit) or section == "sweep" else _table(unit, "")
+            if found is not None:
+                yield _with_notes(found, results, unit)
 
 
 def spread(row: Row | dict[str, Any] | None) -> str:
@@ -158,30 +161,65 @@ def _ceilings_table(results: GpuResults) -> Table:
 
 
 def _passes_table(results: GpuResults, unit: str) -> Table:
-    rows = rows_of(results, unit)
-    heading = case_title(rows[0]) if "tensors" in rows[0] else unit
-    columns = ("pass", "ms in\na graph", "p20 .. p80", "GB/s", "of\nceiling", "x\nnative", "ms\neager")
-    table = _table(f"Each pass by itself: {heading}, {unit.split('/')[-1]}", *columns, "the same\nlist again")
-    for peer in results.peers(unit):
-        graph, eager, again = (results.find(unit, peer, m) for m in ("graph_ms", "eager_ms", "same_list_ms"))
+    first = about(results, unit) or {}
+    columns = [
+        "pass",
+        "ms in\na graph",
+        "p20 .. p80",
+        "ms\neager",
+        "p20 .. p80",
+        "GB/s",
+        "of\nceiling",
+        "x\nnative",
+    ]
+    # Where lists fit the cache, and where masks are selected.
+    more = {
+        "same_list_ms": "the same\nlist again",
+        "copy_bytes_per_weight": "B/weight at\nthe copy rate",
+        "peak_extra_bytes": "extra\nB/weight",
+    }
+    present = [metric for metric in more if peers_with(results, unit, metric)]
+    title = f"Each pass by itself: {case_title(first)}, {unit.split('/')[-1]}"
+    table = _table(title, *columns, *(more[metric] for metric in present))
+    for peer in peers_with(results, unit, "graph_ms", "eager_ms"):
+        graph, eager = (results.find(unit, peer, m) for m in ("graph_ms", "eager_ms"))
         row = graph or eager
-        if row is None:
-            continue
+        ratio = results.find(unit, peer, f"graph_to_{NATIVE}") or results.find(
+            unit, peer, f"eager_to_{NATIVE}"
+        )
+        giga = rate(row) if row and "bytes" in row else None
+        cells = []
+        for metric in present:
+            value = results.value(unit, peer, metric)
+            per_weight = metric == "peak_extra_bytes" and value is not None
+            cells.append(number(value / first["numel"] if per_weight else value))
         table.add_row(
             peer,
             _middle(graph),
             spread(graph),
-            f"{rate(row):,.0f}" if "bytes" in row else "",
-            _percent(share_of_ceiling(results, row, kind_of(peer))),
-            _middle(results.find(unit, peer, f"graph_to_{NATIVE}")),
             _middle(eager),
-            _middle(again),
+            spread(eager),
+            "" if giga is None else f"{giga:,.0f}",
+            _percent(share_of_ceiling(results, row, kind_of(peer))),
+            _middle(ratio),
+            *cells,
         )
     return table
 
 
+def _winners_table(results: GpuResults, unit: str) -> Table | None:
+    """Which value of a setting won; the passes it was judged by are in the rows."""
+    winners = [row for row in rows_of(results, unit) if row["metric"] == "winner"]
+    if not winners:
+        return None
+    table = _table(f"Sweeps: {unit.split('/', 1)[1]}", "setting", "winner", "x the default")
+    for row in winners:
+        table.add_row(row["peer"], str(row["value"]), number(row.get("ratio")))
+    return table
+
+
 def _phase_table(results: GpuResults, unit: str) -> Table:
-    first = rows_of(results, unit)[0]
+    first = about(results, unit) or {}
     title = (
         f"One SAM step, optimizer phase only: {case_title(first)}, {base_title(first)}, {unit.split('/')[3]}"
     )
@@ -238,7 +276,7 @@ def training_title(row: Row) -> str:
 
 
 def _train_table(results: GpuResults, unit: str) -> Table:
-    first = rows_of(results, unit)[0]
+    first = about(results, unit) or {}
     item = first["item"]
     table = _table(
         f"Whole training step: {training_title(first)}; milliseconds",
@@ -281,7 +319,7 @@ def gigabytes(count: int | None) -> str:
 
 
 def _recipes_table(results: GpuResults, unit: str) -> Table:
-    first = rows_of(results, unit)[0]
+    first = about(results, unit) or {}
     item = first["item"]
     table = _table(
         f"Whole training step of recipes: {training_title(first)}; milliseconds",
