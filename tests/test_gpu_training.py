@@ -422,7 +422,7 @@ def test_tables_and_pictures_are_redrawn_from_rows_alone(tmp_path, capsys):
         "pytorch-optimizer, foreach off: not run: pytorch-optimizer is not installed",
         "Whole training step: ResNet-50 (161 tensors, 26M), SGD momentum, batch 64, bfloat16 autocast",
         "looksam, k = 5",
-        "everybody: not run: 90 GiB are free",
+        "phase/vit_l/adamw/float32 │ everybody │ 90 GiB are free",
         "Sweeps: verdict of native",
     ):
         assert piece in text, piece

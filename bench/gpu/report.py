@@ -99,6 +99,7 @@ def goals_table(results: GpuResults, withheld: str | None = None) -> Table:
 
 def tables(results: GpuResults) -> Iterator[Table]:
     """Every table there are rows for."""
+    absent: list[Row] = []
     if results.units("ceilings"):
         yield _ceilings_table(results)
     for section, table in (
@@ -109,9 +110,12 @@ def tables(results: GpuResults) -> Iterator[Table]:
         ("sweep", _winners_table),
     ):
         for unit in results.units(section):
-            found = table(results, unit) if about(results, unit) or section == "sweep" else _table(unit, "")
-            if found is not None:
+            if section != "sweep" and about(results, unit) is None:
+                absent += rows_of(results, unit)
+            elif (found := table(results, unit)) is not None:
                 yield _with_notes(found, results, unit)
+    if absent:
+        yield _absent_table(absent)
 
 
 def spread(row: Row | dict[str, Any] | None) -> str:
@@ -125,12 +129,21 @@ def _table(title: str, *columns: str, left: tuple[int, ...] = (0,)) -> Table:
     return table
 
 
+def _absent_table(rows: list[Row]) -> Table:
+    """Units in which nobody was measured."""
+    table = _table("Not measured", "unit", "who", "why", left=(0, 1, 2))
+    for row in rows:
+        if row["metric"] in _OMITTED:
+            table.add_row(row["unit"], label(row["peer"]), str(row["value"]))
+    return table
+
+
 def _with_notes(table: Table, results: Results, unit: str) -> Table:
     """Who was left out, and why."""
     notes = [
         f"{label(row['peer'])}: {_OMITTED[row['metric']]}: {row['value']}"
-        for row in results.rows
-        if row["unit"] == unit and row["metric"] in _OMITTED
+        for row in rows_of(results, unit)
+        if row["metric"] in _OMITTED
     ]
     table.caption, table.caption_justify, table.caption_style = "\n".join(notes) or None, "left", ""
     return table
