@@ -29,6 +29,7 @@ from bench.gpu import (  # noqa: E402
     training,
 )
 from bench.gpu.session import Session, Unit  # noqa: E402
+from bench.passes import BYTES  # noqa: E402
 from bench.peers import Eager, Ours  # noqa: E402
 from bench.records import measured, single  # noqa: E402
 from bench.training import PLAIN  # noqa: E402
@@ -351,7 +352,7 @@ def synthetic(path, **machine):
     rows = []
     for backend, slower in (("native", 1.0), ("triton", 1.1)):
         for name in kernels.PASSES:
-            count = kernels.bytes_of(name, torch.float32, about["numel"])
+            count = BYTES[name] * about["numel"]
             for metric, more in (("graph_ms", 1.0), ("eager_ms", 1.4)):
                 rows.append(
                     measured(f"{backend} {name}", metric, spread(slower * more * count / 3.6e9), bytes=count)
