@@ -1,7 +1,8 @@
 # Every target does one thing and sets up what it needs in .venv; a second run reuses it.
 #   make demo    make test    make help
 # PYTHON  the interpreter that makes .venv.
-# VENV    where it is made; VENV= (empty) uses PYTHON as it is, with the sam_kernels installed there.
+# VENV    where it is made; VENV= (empty) uses PYTHON as it is, with the sam_kernels installed there;
+#         gpu-check then builds in place with what PYTHON has, and asks no network.
 # EXTRAS  what pip installs beside the package; with trainers `make test` runs their tests too.
 # TORCH   what pip installs as torch; add --index-url where your index has no small build of it.
 
@@ -14,11 +15,13 @@ ifeq ($(VENV),)
 PY := $(PYTHON)
 BIN := $(dir $(shell command -v $(PYTHON)))
 READY :=
+BUILT := in-place
 TRAINERS :=
 else
 PY := $(VENV)/bin/python
 BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.package
+BUILT := $(READY)
 TRAINERS := $(VENV)/.trainers
 endif
 
@@ -29,7 +32,7 @@ NATIVE := CMakeLists.txt setup.py pyproject.toml $(CSRC)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-cpp test-python test-trainers lint format bench doctor gpu-check clean
+.PHONY: help demo test test-cpp test-python test-trainers lint format bench doctor gpu-check in-place clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -68,8 +71,15 @@ bench: $(READY) ## step throughput against reference SAM and other peers; writes
 doctor: $(READY) ## what this installation can do, and why not more
 	@$(PY) -m sam_kernels.doctor
 
-gpu-check: $(READY) ## test and measure on a GPU, all stages or STAGE=2; CUDA_ARCHS=90 builds for that card alone
-	@$(PY) -m bench.gpu
+# Processes that stages start somewhere else find the package too.
+gpu-check: $(BUILT) ## test and measure on a GPU: STAGE=2 RESUME=1 LIST=1 LIMIT=seconds RESULTS=folder CUDA_ARCHS=90
+	@$(TOOLS) PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY) -m bench.gpu
+
+# What is unchanged is not compiled again.
+in-place:
+	@mkdir -p build; echo "building sam_kernels in place; log in build/in-place.log"
+	@$(TOOLS) $(PY) setup.py -q build_ext --inplace >build/in-place.log 2>&1 || { cat build/in-place.log >&2; exit 1; }
+	@grep '^sam_kernels: ' build/in-place.log || true
 
 clean: ## remove builds and .venv
 	rm -rf build dist *.egg-info sam_kernels/_native*.so sam_kernels/libsam_kernels_cuda.so sam_kernels/_build.json $(VENV)

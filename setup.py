@@ -238,15 +238,32 @@ class BuildPython(build_py):
         if not self.editable_mode:
             shutil.rmtree(package, ignore_errors=True)
         super().run()
-        (package / CUDA_LIBRARY).unlink(missing_ok=True)
-        if DECISION.compiler is None:
-            for stale in package.glob("_native.*"):
-                stale.unlink()
-            record(package, summary(DECISION, TOOLKIT))
+        start_afresh(package)
+
+
+def start_afresh(package: Path) -> None:
+    """Remove the libraries of a former build, and say so where none will take their place."""
+    (package / CUDA_LIBRARY).unlink(missing_ok=True)
+    if DECISION.compiler is None:
+        for stale in package.glob("_native.*"):
+            stale.unlink()
+        record(package, summary(DECISION, TOOLKIT))
 
 
 class BuildNative(build_ext):
     """Runs CMake where setuptools would run a compiler."""
+
+    is_in_place = False  # python setup.py build_ext --inplace, for a checkout that is installed nowhere
+
+    def run(self) -> None:
+        self.is_in_place = bool(self.inplace)  # setuptools builds elsewhere, and forgets it meanwhile
+        if self.is_in_place:
+            start_afresh(ROOT / "sam_kernels")
+            # It would be left there if it were newer than what is built now.
+            (ROOT / "sam_kernels" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(
+                missing_ok=True
+            )
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -262,8 +279,8 @@ class BuildNative(build_ext):
                 f"sam_kernels: the native build failed, and the lines above say why: {failure}. "
                 "SAM_KERNELS_BUILD=none installs without it."
             ) from None
-        # An editable install copies extension modules into the source tree afterwards, and nothing else.
-        home = ROOT / "sam_kernels" if self.editable_mode else package
+        # Both copy extension modules into the source tree afterwards, and nothing else.
+        home = ROOT / "sam_kernels" if self.editable_mode or self.is_in_place else package
         toolkit = build_cuda(home.parent)
         compiled = re.findall(r"SAMK_ISA=(\w+)", (build / "compile_commands.json").read_text())
         line = summary(DECISION, toolkit, list(dict.fromkeys(reversed(compiled))))

@@ -28,7 +28,7 @@ _PEERS = (
 # Peers that come in forms of which the fastest speaks for all.
 _FORMS = {"compile": ("compile_own", "compile_torch"), "po": ("po_loop", "po_fused", "po_foreach")}
 _LABELS = {"compile": "torch.compile, best form", "po": "pytorch-optimizer, best form"}
-_OURS, _BOUND, _OTHER = "#1b6ca8", "#b5b5b5", "#e0894a"
+BLUE, GREY, ORANGE = "#1b6ca8", "#b5b5b5", "#e0894a"  # ours, bounds, others
 _COLUMNS = 4
 
 
@@ -39,8 +39,8 @@ def _ratio(results: Results, unit: str, key: str) -> dict[str, float] | None:
 
 def _color(key: str) -> str:
     if key in (COPY, "base_alone"):
-        return _BOUND
-    return _OURS if key.startswith("ours") else _OTHER
+        return GREY
+    return BLUE if key.startswith("ours") else ORANGE
 
 
 def draw_all(results: Results, target: Path) -> list[Path]:
@@ -119,8 +119,8 @@ def _panel(axis, results: Results, unit: str) -> None:  # type: ignore[no-untype
                 transform=axis.get_yaxis_transform(),
             )
             continue
-        _bar(axis, place, ratio, _color(key))
-    axis.axvline(1, color=_OURS, lw=1, ls=":")
+        bar(axis, place, ratio, _color(key))
+    axis.axvline(1, color=BLUE, lw=1, ls=":")
     axis.set_yticks(list(places), [_LABELS.get(key) or label(key) for key in _PEERS], fontsize=9)
     axis.invert_yaxis() if not axis.yaxis_inverted() else None
     axis.margins(x=0.16)
@@ -134,7 +134,7 @@ def _panel(axis, results: Results, unit: str) -> None:  # type: ignore[no-untype
     )
 
 
-def _bar(  # type: ignore[no-untyped-def]
+def bar(  # type: ignore[no-untyped-def]
     axis,
     place: float,
     spread: dict[str, float] | Row,
@@ -144,7 +144,8 @@ def _bar(  # type: ignore[no-untyped-def]
 ) -> None:
     """A median with its whiskers and its number."""
     middle = spread["p50"]
-    whiskers = [[middle - spread["p20"]], [spread["p80"] - middle]]
+    # Equal ratios differ in their last bit once they are interpolated.
+    whiskers = [[max(0.0, middle - spread["p20"])], [max(0.0, spread["p80"] - middle)]]
     axis.barh(place, middle, color=color, height=height, xerr=whiskers, error_kw={"lw": 1, "ecolor": "0.25"})
     axis.annotate(
         number(middle) + unit,
@@ -208,7 +209,7 @@ def _updates_panel(axis, results: Results, unit: str) -> None:  # type: ignore[n
     names, places, place = [], [], 0.0
     for sparsity in sparse.SPARSITIES:
         for peer in (p for p in peers if p.endswith(f" {sparsity}")):
-            _bar(axis, place, results.find(unit, peer, "total_ms"), _color(peer), " ms")
+            bar(axis, place, results.find(unit, peer, "total_ms"), _color(peer), " ms")
             names.append(sparse.label(peer))
             places.append(place)
             place += 1
@@ -223,8 +224,8 @@ def _masked_panel(axis, results: Results, unit: str) -> None:  # type: ignore[no
     """Steps relative to our dense one."""
     peers = _timed(results, unit)
     for place, peer in enumerate(peers):
-        _bar(axis, place, results.ratio(unit, peer, sparse.DENSE, "total_ms"), _color(peer))
-    axis.axvline(1, color=_OURS, lw=1, ls=":")
+        bar(axis, place, results.ratio(unit, peer, sparse.DENSE, "total_ms"), _color(peer))
+    axis.axvline(1, color=BLUE, lw=1, ls=":")
     axis.set_yticks(range(len(peers)), [sparse.label(peer) for peer in peers], fontsize=9)
     axis.margins(x=0.16)
     axis.set_xlim(left=0)
@@ -251,10 +252,10 @@ def draw_variants(results: Results, target: Path) -> bool:
         for offset, peer in zip((-0.2, 0.2), (variants.OURS, variants.PUBLISHED), strict=True):
             if peer in peers:
                 ratio = results.ratio(unit, peer, variants.ALONE, "total_ms")
-                _bar(axis, place + offset, ratio, _color(peer), height=0.38)
+                bar(axis, place + offset, ratio, _color(peer), height=0.38)
         names.append(variants.VARIANTS[unit.split("/")[-1]].title)
         places.append(place)
-    axis.axvline(1, color=_BOUND, lw=1.5, ls=":")
+    axis.axvline(1, color=GREY, lw=1.5, ls=":")
     axis.set_yticks(places, names, fontsize=9)
     axis.invert_yaxis()
     axis.margins(x=0.1, y=0.02)

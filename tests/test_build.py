@@ -457,7 +457,7 @@ CMAKE = """case $1 in
 --build) case $2 in */cuda-*) echo "building $2"; [ -z "$FAIL" ] || { echo "error: $FAIL"; exit 3; };; esac;;
 --install) mkdir -p $4/sam_kernels
     case $2 in */cuda-*) built=libsam_kernels_cuda.so;; *) built=$MODULE;; esac
-    touch $4/sam_kernels/$built;;
+    : >$4/sam_kernels/$built;;
 esac"""
 
 
@@ -501,15 +501,30 @@ def test_a_wheel_without_cuda_holds_no_stale_one(copy, toolbox):
     assert "native CPU yes" in line and "| CUDA no (SAM_KERNELS_BUILD=cpu) |" in line
 
 
+EDITABLE = ["-c", "from setuptools import build_meta; build_meta.build_editable('out')"]
+IN_PLACE = ["setup.py", "-q", "build_ext", "--inplace"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["auto", "cpu"])
-def test_an_editable_install_has_the_library_in_the_source_tree(copy, toolbox, mode):
-    command = [sys.executable, "-c", "from setuptools import build_meta; build_meta.build_editable('out')"]
+@pytest.mark.parametrize("way", [EDITABLE, IN_PLACE], ids=["editable", "in place"])
+def test_an_editable_install_or_none_has_the_libraries_in_the_source_tree(copy, toolbox, mode, way):
+    command = [sys.executable, *way]
     result = package(copy, command, **toolbox, SAM_KERNELS_BUILD=mode)
     assert result.returncode == 0, result.stdout + result.stderr
     library = copy / "sam_kernels" / "libsam_kernels_cuda.so"
     assert library.read_bytes() == b"" if mode == "auto" else not library.exists()
+    assert (copy / "sam_kernels" / MODULE).read_bytes() == b""
     assert "CUDA" in json.loads((copy / "sam_kernels" / "_build.json").read_text())["summary"]
+
+
+@pytest.mark.slow
+def test_a_build_in_place_without_a_compiler_leaves_nothing_stale_and_says_why(copy):
+    result = package(copy, [sys.executable, *IN_PLACE], CXX="/no/c++")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert not list((copy / "sam_kernels").glob("*.so"))
+    assert "searched /no/c++" in result.stderr
+    assert "searched /no/c++" in json.loads((copy / "sam_kernels" / "_build.json").read_text())["summary"]
 
 
 @pytest.mark.slow

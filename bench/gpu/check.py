@@ -14,27 +14,29 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from .. import machine
-from ..records import Row
+from ..records import Row, single
 from ..report import number
-from . import ceilings, correctness, kernels, ours, phase, sweeps, training
-from .device import Gpu, GpuResults, absence, describe, rate, slug
-from .predictions import EXPECTATIONS, ceiling, kind_of
+from . import ceilings, correctness, kernels, ours, phase, report, sweeps, training
+from .device import Gpu, GpuResults, absence, describe, is_fault, rate, slug
+from .predictions import ceiling, kind_of
+from .report import goals_table
 from .session import Session, Unfinished, Unit
 
-# Of ten minutes that one call may take; what a subprocess needs to start and end comes on top.
-_STAGE_SECONDS = 440
-_LEAST_SECONDS = 15
+# Seconds of each stage. All together they leave, of half an hour, over five minutes for the build and the
+# starts of machines; 1 and 2, 3 and 4, and the rest fit a call of ten minutes each.
+_STAGE_SECONDS = {1: 40, 2: 420, 3: 210, 4: 320, 5: 310, 6: 160}
+_GRACE = 45  # seconds a stage may take longer than that, to end the unit it is in
+_LEAST_SECONDS = 25  # a stage is not begun with less: torch alone takes some to start
 
 WRONG, NOT_FINISHED = 1, 2
 
@@ -69,7 +71,8 @@ STAGES = (
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
-    chosen = os.environ.get("STAGE", "").replace(",", " ").split()
+    asked = {name: os.environ.get(name, "") for name in ("STAGE", "RESUME", "LIST", "LIMIT", "RESULTS")}
+    chosen = asked["STAGE"].replace(",", " ").split()
     parser.add_argument(
         "--stage",
         nargs="+",
@@ -81,14 +84,31 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         action="store_true",
-        default=bool(os.environ.get("RESUME")),
+        default=bool(asked["RESUME"]),
         help="skip units these sources have passed here (also RESUME=1)",
+    )
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        default=bool(asked["LIST"]),
+        help="only name the units and what became of each (also LIST=1)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="a first look at small shapes; saved apart, and no figures"
     )
-    parser.add_argument("--seconds", type=float, default=_STAGE_SECONDS, help="for each stage")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results/<gpu>)")
+    parser.add_argument("--seconds", type=float, help="for each stage, in place of what it is given here")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=float(asked["LIMIT"] or "inf"),
+        help="seconds for all stages together; the rest is left to --resume (default: $LIMIT, or none)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(asked["RESULTS"]) if asked["RESULTS"] else None,
+        help="folder of the results (default: $RESULTS, or bench/results/<gpu>)",
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -105,13 +125,27 @@ def main(arguments: list[str] | None = None) -> int:
             )
         return 0
     torch._logging.set_logs(all=logging.ERROR)  # type: ignore[attr-defined]
-    if len(stages) > 1 and not options.child:
-        found = [_in_a_process(stage, options, console) for stage in stages]
-    else:
-        found = [run_stage(stage, _session(options, console), options.resume) for stage in stages]
-    status = reduce(_worse, found, 0)
+    session = _session(options, console)
+    if options.list:
+        _list_units(stages, session)
+        return 0
+    ends = time.monotonic() + options.limit
+    one_by_one = len(stages) > 1 and not options.child
+    status = 0
+    for stage in stages:
+        seconds = min(options.seconds or _STAGE_SECONDS[stage.number], ends - time.monotonic())
+        if options.resume and one_by_one and _is_done(stage, session):
+            session.log(f"\nstage {stage.number}, {stage.title}: done by an earlier run")
+        elif seconds < _LEAST_SECONDS:
+            session.log(f"\nstage {stage.number}, {stage.title}: left to --resume, the time is over")
+            status = _worse(status, NOT_FINISHED)
+        elif one_by_one:
+            status = _worse(status, _in_a_process(stage, options, seconds, console))
+        else:
+            session.ends = time.monotonic() + seconds
+            status = _worse(status, run_stage(stage, session, options.resume))
     if not options.child:
-        _print_table(_session(options, console), console)
+        _report(_session(options, console), console)
     return status
 
 
@@ -121,22 +155,42 @@ def _session(options: argparse.Namespace, console: Console) -> Session:
     about = describe(gpu) | {"effort": "quick" if options.quick else "full"}
     results = GpuResults(folder / ("gpu-quick.jsonl" if options.quick else "gpu.jsonl"), about)
     return Session(
-        gpu,
-        results,
-        lambda text: console.print(text, markup=False),
-        cap=4096 if options.quick else None,
-        ends=time.monotonic() + options.seconds,
+        gpu, results, lambda text: console.print(text, markup=False), cap=4096 if options.quick else None
     )
 
 
-def _in_a_process(stage: Stage, options: argparse.Namespace, console: Console) -> int:
+def _quiet(session: Session) -> Session:
+    """For looking through units without being told of each again."""
+    return replace(session, log=lambda text: None)
+
+
+def _is_done(stage: Stage, session: Session) -> bool:
+    return all(session.results.has(unit.name) for unit in stage.units(_quiet(session)))
+
+
+def _list_units(stages: Iterable[Stage], session: Session) -> None:
+    """Every unit, in the order it would be measured, and what became of it."""
+    counts: dict[str, int] = {}
+    for stage in stages:
+        session.log(f"stage {stage.number}, {stage.title}, {_STAGE_SECONDS[stage.number]} s")
+        for unit in stage.units(_quiet(session)):
+            state = session.results.state(unit.name)
+            counts[state] = counts.get(state, 0) + 1
+            session.log(f"  {unit.name:<44} {state}")
+    session.log(", ".join(f"{count} {state}" for state, count in counts.items()) or "no units")
+
+
+def _in_a_process(stage: Stage, options: argparse.Namespace, seconds: float, console: Console) -> int:
     """A stage by itself; its own clock ends it, and a hang is ended a little later."""
     command = [sys.executable, "-m", "bench.gpu", "--child", "--stage", str(stage.number)]
-    command += ["--seconds", str(options.seconds)]
+    command += ["--seconds", f"{seconds:.0f}"]
     command += [flag for flag in ("--resume", "--quick") if getattr(options, flag[2:])]
     command += ["--out", str(options.out)] if options.out else []
+    # What bounds the call here would be read there again.
+    environment = {name: value for name, value in os.environ.items() if name not in ("LIMIT", "LIST")}
+    run = partial(subprocess.run, command, cwd=machine.ROOT, env=environment)
     try:
-        status = subprocess.run(command, cwd=machine.ROOT, timeout=options.seconds + 120).returncode
+        status = run(timeout=seconds + _GRACE).returncode
     except subprocess.TimeoutExpired:
         console.print(f"stage {stage.number} hangs and was ended; --resume takes up what it had not saved")
         return NOT_FINISHED
@@ -188,7 +242,7 @@ def _worse(a: int, b: int) -> int:
 
 
 def _run(unit: Unit, session: Session) -> int:
-    if session.left() < _LEAST_SECONDS:
+    if session.left() < unit.least:
         session.log(f"{unit.name}: left to --resume, the stage's time is over")
         return NOT_FINISHED
     session.log(unit.name)
@@ -209,13 +263,6 @@ def _run(unit: Unit, session: Session) -> int:
     return WRONG if any(is_fault(unit.name, row) for row in rows) else 0
 
 
-def is_fault(unit: str, row: Row) -> bool:
-    """Whether a row says that we are wrong; a peer that is wrong is only left out."""
-    if row["metric"] != "wrong":
-        return False
-    return unit.split("/")[0] != "phase" or row["peer"].startswith(("ours", unit))
-
-
 def lines_of(rows: list[Row], results: GpuResults) -> Iterator[str]:
     """Measured rows with their spread, and with their share of a ceiling where they count bytes."""
     for row in rows:
@@ -233,30 +280,6 @@ def lines_of(rows: list[Row], results: GpuResults) -> Iterator[str]:
         yield f"{passed} of {sum(row['metric'] in ('passed', 'wrong') for row in rows)} comparisons passed"
 
 
-def goals_table(results: GpuResults, withheld: str | None = None) -> Table:
-    """Prediction, goal and measurement; without any measurement if it may not be quoted."""
-    table = Table(title="Predictions and goals", title_justify="left", header_style="", title_style="bold")
-    columns = ("what", "predicted", "goal", "measured", "p20 .. p80", "met", "against")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index in (0, 6) else "right")
-    for item in EXPECTATIONS:
-        outcome = item.measure(results)
-        met = item.is_met(outcome) if item.target and withheld is None else None
-        at_least = ">=" if item.sign > 0 else "<="
-        shown = "" if outcome.value is None else f"{outcome.value:.3g}{item.unit}"
-        table.add_row(
-            item.text,
-            item.prediction,
-            f"{at_least} {item.target:g}{item.unit}" if item.target else "",
-            "not measured" if not shown else "withheld" if withheld else shown,
-            f"{outcome.p20:.3g} .. {outcome.p80:.3g}" if outcome.p80 and withheld is None else "",
-            "" if met is None else "yes" if met else "NO",
-            outcome.against,
-        )
-    table.caption, table.caption_justify, table.caption_style = withheld, "left", "yellow"
-    return table
-
-
 def withheld_because(missing: list[str], is_quick: bool) -> str | None:
     """Why no figure may be shown, or None."""
     if is_quick:
@@ -266,17 +289,15 @@ def withheld_because(missing: list[str], is_quick: bool) -> str | None:
     return None
 
 
-def _print_table(session: Session, console: Console) -> None:
+def _report(session: Session, console: Console) -> None:
+    """Tables and pictures of what the file holds now, beside it."""
     results = session.results
-    missing = correctness.missing(session, results, only_direct=False)
+    missing = correctness.missing(_quiet(session), results, only_direct=False)
     withheld = withheld_because(missing, session.cap is not None)
     console.print(goals_table(results.current(), withheld))
-    text = results.path.with_suffix(".txt")
     if not results.rows:
         return
-    with text.open("w") as file:
-        plain = Console(file=file, width=180, color_system=None, highlight=False)
-        for key, value in results.machine.items():
-            plain.print(f"{key:>18}  {value}", markup=False)
-        plain.print(goals_table(results.current(), withheld))
-    console.print(f"{results.path}\n{text}", markup=False)
+    # Whoever draws from the file alone, without the card, has to know this too.
+    results.replace(report.VERDICT, [single("report", "withheld", withheld)])
+    for path in report.write(results.path):
+        console.print(str(path), markup=False)

@@ -27,8 +27,8 @@ from ..records import Results, Row
 # A unit measured under another one of these has to be measured again.
 _FINGERPRINT = ("gpu", "driver", "torch", "triton", "tree")
 
-# What a unit must not contain to count as done.
-_UNDONE = ("wrong", "unfinished")
+# Sources that only show what was measured: a better picture must not cost a day's figures.
+_SHOWING = ("bench/plot.py", "bench/report.py", "bench/gpu/report.py", "bench/gpu/pictures.py")
 
 _CYCLES_PER_MICROSECOND = 2000  # of the spin kernel that keeps a device busy; more than any card's clock
 
@@ -207,7 +207,7 @@ def tree_hash(root: Path) -> str:
     digest = hashlib.sha256()
     for pattern in ("csrc/**/*", "sam_kernels/**/*.py", "sam_kernels/*.so", "bench/**/*.py"):
         for path in sorted(root.glob(pattern)):
-            if path.is_file():
+            if path.is_file() and path.relative_to(root).as_posix() not in _SHOWING:
                 digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -231,12 +231,29 @@ def _driver() -> str:
         return "unknown"
 
 
+def is_fault(unit: str, row: Row) -> bool:
+    """Whether a row says that we are wrong; a peer that is wrong is only left out."""
+    if row["metric"] != "wrong":
+        return False
+    has_peers = unit.split("/")[0] in ("phase", "train")
+    return not has_peers or row["peer"].startswith(("ours", unit))
+
+
 class GpuResults(Results):
-    """Rows of a GPU. A unit is done if it was measured with these sources and nothing in it was wrong."""
+    """Rows of a GPU. A unit is done if it was measured with these sources and nothing of ours was wrong."""
 
     def has(self, unit: str) -> bool:
         rows = [row for row in self.rows if row["unit"] == unit]
-        return super().has(unit) and not any(row["metric"] in _UNDONE for row in rows)
+        return super().has(unit) and not any(is_fault(unit, row) for row in rows)
+
+    def state(self, unit: str) -> str:
+        """What became of a unit, in a word or two."""
+        rows = [row for row in self.rows if row["unit"] == unit]
+        if not rows:
+            return "to do"
+        if not all(map(self._is_ours, rows)):
+            return "to do: other sources, card or versions measured it"
+        return "done" if self.has(unit) else "wrong"
 
     def _is_ours(self, row: Row) -> bool:
         return all(row["machine"].get(key) == self.machine.get(key) for key in _FINGERPRINT)

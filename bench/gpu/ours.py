@@ -61,13 +61,6 @@ def absence(backend: str, device: torch.device) -> str | None:
     return get(backend).refusal(_small_group(device))
 
 
-def absence_of_interpreter() -> str | None:
-    """Why Triton's interpreter cannot run the kernels on CPU tensors, or None."""
-    from sam_kernels.backends.triton import Triton
-
-    return Triton("interpreted", "cpu").refusal(_small_group(torch.device("cpu")))
-
-
 def _small_group(device: torch.device) -> Any:
     from sam_kernels.tensor_groups import EUCLIDEAN, TensorGroup
 

@@ -43,10 +43,15 @@ class Session:
 
 @dataclass(frozen=True)
 class Unit:
-    """What is measured together and saved together; a former run's unit need not be repeated."""
+    """What is measured together and saved together; a former run's unit need not be repeated.
+
+    Attributes:
+        least: seconds a stage must still have for the unit to begin.
+    """
 
     name: str
     measure: Callable[[Session], list[Row]]
+    least: float = 15
 
 
 class Unfinished(Exception):
