@@ -42,7 +42,7 @@
 #endif
 
 // Packs of 16 bytes of the narrowest list that a thread reads from every list before it writes or adds one.
-// DESCEND multiplies what descend.cu says for each pair of types.
+// DESCEND multiplies what descend.cu says for each pair of types; COMBINE is for kernels of one output.
 #ifndef SAMK_NORM_LOADS
 #define SAMK_NORM_LOADS 4
 #endif
@@ -51,6 +51,9 @@
 #endif
 #ifndef SAMK_COPY_LOADS
 #define SAMK_COPY_LOADS 4
+#endif
+#ifndef SAMK_COMBINE_LOADS
+#define SAMK_COMBINE_LOADS 2
 #endif
 #ifndef SAMK_DESCEND_LOADS
 #define SAMK_DESCEND_LOADS 1

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const _
       }
       return all;
     };
-    sweep<pack_width<T>(), 1>(
+    sweep<pack_width<T>(), kOuts == 1 ? SAMK_COMBINE_LOADS : 1>(
         chunk.size, (bits | outs) % 16 == 0, load, [&](int i, const auto& all, auto access) {
 #pragma unroll
           for (int o = 0; o < kOuts; ++o) {

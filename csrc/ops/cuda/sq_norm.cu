@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMoment>)
   const int lane = threadIdx.x % kWarp;
   for (int t = threadIdx.x / kWarp; t < tensors.count; t += kWarps) {
     double* const own = static_cast<double*>(tensors.data[kPerTensor][t]);
-    if (own == nullptr) continue;
+    if (own == nullptr) break;  // all tensors have one, or none
     double sum = lane == 0 ? __ldcg(partials + full + t) : 0;
     for (int c = tensors.first_full[t] + lane; c < tensors.first_full[t + 1]; c += kWarp)
       sum = Join{}(sum, __ldcg(partials + c));
