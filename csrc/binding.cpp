@@ -223,19 +223,24 @@ class Plan {
     return present;
   }
 
-  // The gradients that a watch has just looked at need no second look. Returns how many there are, or -1 if
-  // these are others.
-  std::ptrdiff_t take(const tensors::Watch& watch, const py::list& grads, int dtype) {
-    const std::vector<void*>* const known = watch.addresses_of(grads);
-    if (known == nullptr || known->size() != numel_.size()) return -1;
+  // The gradients that a watch has looked at last need no second look, if they are the ones at hand. Returns
+  // how many there are, or -1 if these are others.
+  std::ptrdiff_t point_seen(const tensors::Watch& watch, const py::tuple& seen, const py::list& grads,
+                            int dtype) {
+    const std::size_t count = numel_.size();
+    if (watch.grads().size() != count || seen.size() != count || grads.size() != count) return -1;
+    std::ptrdiff_t present = 0;
+    for (std::size_t t = 0; t < count; ++t) {
+      PyObject* const grad = PyList_GET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(t));
+      if (grad != PyTuple_GET_ITEM(seen.ptr(), static_cast<Py_ssize_t>(t))) return -1;
+      present += grad != Py_None;
+    }
     Table& table = tables_[kGrads];
     table.dtype = dtype;
-    table.data.resize(numel_.size());
-    std::ptrdiff_t present = 0;
-    for (std::size_t t = 0; t < numel_.size(); ++t) {
-      const bool is_there = PyList_GET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(t)) != Py_None;
-      present += is_there;
-      table.data[t] = is_there && (*known)[t] == nullptr ? &nothing : (*known)[t];
+    table.data = watch.grads();
+    for (std::size_t t = 0; t < count; ++t) {
+      const bool is_there = PyTuple_GET_ITEM(seen.ptr(), static_cast<Py_ssize_t>(t)) != Py_None;
+      if (is_there && table.data[t] == nullptr) table.data[t] = &nothing;
     }
     return present;
   }
@@ -584,8 +589,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<tensors::Watch> watch(m, "Watch", py::module_local());
   watch.def(py::init<const py::list&>())
       .def("look", &tensors::Watch::look)
-      .def("gradients", &tensors::Watch::gradients)
-      .def("forget", &tensors::Watch::forget);
+      .def("gradients", &tensors::Watch::gradients);
   watch.attr("UNSURE") = static_cast<int>(tensors::Watch::kUnsure);
   watch.attr("MOVED") = static_cast<int>(tensors::Watch::kMoved);
   watch.attr("SAME") = static_cast<int>(tensors::Watch::kSame);
@@ -601,7 +605,7 @@ PYBIND11_MODULE(_native, m) {
       }))
       .def("point", &Plan::point, py::arg("slot"), py::arg("name"), py::arg("tensors"), py::arg("dtype"),
            py::arg("must_be") = py::none(), py::arg("hold") = false)
-      .def("take", &Plan::take)
+      .def("point_seen", &Plan::point_seen)
       .def("workspace_bytes", &Plan::workspace_bytes)
       .def("place", &Plan::place)
       .def("sq_norm", &Plan::sq_norm)
@@ -630,8 +634,8 @@ PYBIND11_MODULE(_native, m) {
   }
 
   m.def("set_exchange", &tensors::set_exchange);
-  m.def("has_values", &tensors::has_values);
-  m.def("hold", &tensors::hold);
+  m.def("has_items", &tensors::has_items);
+  m.def("have", &tensors::have);
   m.def("are_same", &tensors::are_same);
 
   m.def("set_thread_pool", [](std::uintptr_t parallel_for, std::uintptr_t num_threads) {

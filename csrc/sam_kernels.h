@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define SAMK_ABI_VERSION 6
+#define SAMK_ABI_VERSION 7
 
 enum samk_dtype { SAMK_F32 = 0, SAMK_F64 = 1, SAMK_BF16 = 2, SAMK_F16 = 3 };
 

@@ -9,6 +9,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <vector>
@@ -64,6 +65,10 @@ struct Exchange {
   void* current_stream;
 };
 
+static_assert(sizeof(View) == 48 && offsetof(View, shape) == 24 && offsetof(View, byte_offset) == 40,
+              "DLTensor has another layout here");
+static_assert(offsetof(Exchange, view_of_object) == 40, "DLPackExchangeAPI has another layout here");
+
 inline const Exchange*& exchange() {
   static const Exchange* known = nullptr;
   return known;
@@ -86,9 +91,14 @@ inline bool look_at(PyObject* tensor, View* view) {
   if (exchange() == nullptr) return false;
   try {
     if (exchange()->view_of_object(tensor, view) != 0) {
+      const bool is_refused =
+          PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(PyExc_MemoryError);
+      if (PyErr_Occurred() && !is_refused) throw py::error_already_set();  // somebody pressed ctrl-C
       PyErr_Clear();
       return false;
     }
+  } catch (py::error_already_set&) {
+    throw;
   } catch (...) {  // what torch throws at objects of another kind
     return false;
   }
@@ -96,26 +106,25 @@ inline bool look_at(PyObject* tensor, View* view) {
   return view->data != nullptr || view->numel() == 0;
 }
 
-// What a tensor was when it was first seen: steps along dimensions of one element say nothing.
+// What a tensor was when it was first seen: strides of dimensions of one element say nothing.
 class Layout {
  public:
-  explicit Layout(const View& view) : numel_(view.numel()), is_contiguous_(is_contiguous(view)) {
-    for (int d = 0; d < view.ndim; ++d) steps_.push_back({view.shape[d], stride(view, d)});
+  explicit Layout(const View& view) : numel_(view.numel()) {
+    for (int d = 0; d < view.ndim; ++d) dimensions_.push_back({view.shape[d], stride(view, d)});
   }
-  // Whether a tensor has the same elements at the same places behind its address.
+  std::int64_t numel() const { return numel_; }
+  // Whether a tensor has this shape and the same order of elements in memory.
   bool is_of(const View& view) const {
-    if (numel_ == 0) return view.numel() == 0;
-    if (is_contiguous_) return is_contiguous(view) && view.numel() == numel_;
-    if (view.ndim != static_cast<std::int32_t>(steps_.size())) return false;
+    if (view.ndim != static_cast<std::int32_t>(dimensions_.size())) return false;
     for (int d = 0; d < view.ndim; ++d) {
-      if (view.shape[d] != steps_[d].size) return false;
-      if (view.shape[d] != 1 && stride(view, d) != steps_[d].stride) return false;
+      if (view.shape[d] != dimensions_[d].size) return false;
+      if (numel_ > 0 && view.shape[d] != 1 && stride(view, d) != dimensions_[d].stride) return false;
     }
     return true;
   }
 
  private:
-  struct Step {
+  struct Dimension {
     std::int64_t size, stride;
   };
   static std::int64_t stride(const View& view, int d) {
@@ -124,27 +133,18 @@ class Layout {
     for (int e = d + 1; e < view.ndim; ++e) product *= view.shape[e];
     return product;
   }
-  static bool is_contiguous(const View& view) {
-    if (view.strides == nullptr) return true;
-    std::int64_t expected = 1;
-    for (int d = view.ndim - 1; d >= 0; --d) {
-      if (view.shape[d] != 1 && view.strides[d] != expected) return view.numel() == 0;
-      expected *= view.shape[d];
-    }
-    return true;
-  }
 
   std::int64_t numel_;
-  bool is_contiguous_;
-  std::vector<Step> steps_;
+  std::vector<Dimension> dimensions_;
 };
 
-// Watches the parameters of a tensor group: what they were, and what gradients they have now.
+// Watches the parameters of a tensor group: what they were, and what gradients they have now. Owns no object
+// of Python, so that none is kept from the garbage collector; whoever asks brings the lists.
 class Watch {
  public:
   enum Seen { kUnsure, kMoved, kSame };
 
-  explicit Watch(const py::list& params) : params_(params) {
+  explicit Watch(const py::list& params) {
     for (py::handle param : params) {
       View view;
       if (!look_at(param.ptr(), &view)) throw std::invalid_argument("a parameter cannot be viewed");
@@ -157,90 +157,85 @@ class Watch {
     }
   }
 
-  // Whether all have the device, dtype and layout they had, and are where they were. Unsure where one has
-  // not, or cannot be viewed any more: then Python has to look.
-  int look() {
-    int seen = kSame;
+  // Whether all have the device, dtype, shape and strides they had, and are where they were. Unsure where one
+  // has not, or cannot be viewed any more: then Python has to look.
+  int look(const py::list& params) {
+    if (params.size() != layouts_.size()) return kUnsure;
+    std::vector<void*> found(layouts_.size());
     for (std::size_t t = 0; t < layouts_.size(); ++t) {
       View view;
-      if (!look_at(PyList_GET_ITEM(params_.ptr(), static_cast<Py_ssize_t>(t)), &view)) return kUnsure;
-      if (!fits(t, view)) return kUnsure;
-      if (view.address() != addresses_[t]) seen = kMoved;
+      if (!look_at(item(params, t), &view) || !fits(t, view)) return kUnsure;
+      found[t] = view.address();
     }
-    if (seen == kMoved) remember();
-    return seen;
-  }
-
-  // Lets go of the gradients.
-  void forget() { grads_.clear(); }
-
-  // Their addresses, if these are the very tensors that were seen last and are still held; else null.
-  const std::vector<void*>* addresses_of(const py::list& grads) const {
-    if (grads_.size() != layouts_.size() || grads.size() != grads_.size()) return nullptr;
-    for (std::size_t t = 0; t < grads_.size(); ++t) {
-      if (PyList_GET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(t)) != grads_[t].ptr()) return nullptr;
-    }
-    return &grad_addresses_;
+    if (found == addresses_) return kSame;
+    addresses_ = std::move(found);
+    return kMoved;
   }
 
   // The gradients, and how many there are; None where one is not as dense and not in the same order as its
   // parameter.
-  py::object gradients() {
+  py::object gradients(const py::list& params) {
     static PyObject* const name = PyUnicode_InternFromString("grad");
+    if (params.size() != layouts_.size()) return py::none();
     py::list found(layouts_.size());
     std::size_t present = 0;
-    forget();
-    grad_addresses_.resize(layouts_.size());
+    grads_.assign(layouts_.size(), nullptr);
     for (std::size_t t = 0; t < layouts_.size(); ++t) {
-      const auto place = static_cast<Py_ssize_t>(t);
-      PyObject* const grad = PyObject_GetAttr(PyList_GET_ITEM(params_.ptr(), place), name);
+      PyObject* const grad = PyObject_GetAttr(item(params, t), name);
       if (grad == nullptr) throw py::error_already_set();
-      PyList_SET_ITEM(found.ptr(), place, grad);
-      grad_addresses_[t] = nullptr;
+      PyList_SET_ITEM(found.ptr(), static_cast<Py_ssize_t>(t), grad);
       if (grad == Py_None) continue;
       View view;
-      if (!look_at(grad, &view) || !fits(t, view)) return py::none();
-      grad_addresses_[t] = view.address();
+      if (!look_at(grad, &view) || !fits(t, view) || is_negated(grad, t)) return py::none();
+      grads_[t] = view.address();
       ++present;
     }
-    for (py::handle grad : found) grads_.push_back(py::reinterpret_borrow<py::object>(grad));
     return py::make_tuple(std::move(found), present);
   }
 
+  // Addresses of the gradients that were returned last.
+  const std::vector<void*>& grads() const { return grads_; }
+
  private:
+  static PyObject* item(const py::list& list, std::size_t t) {
+    return PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(t));
+  }
   bool fits(std::size_t t, const View& view) const {
     return view.device == device_ && view.dtype == dtype_ && layouts_[t].is_of(view);
   }
-  void remember() {
-    for (std::size_t t = 0; t < addresses_.size(); ++t) {
-      View view;
-      look_at(PyList_GET_ITEM(params_.ptr(), static_cast<Py_ssize_t>(t)), &view);
-      addresses_[t] = view.address();
-    }
+  // Behind complex numbers torch flips signs by a bit of the tensor, which views do not show. More than one
+  // element would lie apart, as imaginary parts do.
+  bool is_negated(PyObject* grad, std::size_t t) const {
+    if (layouts_[t].numel() != 1) return false;
+    static PyObject* const name = PyUnicode_InternFromString("is_neg");
+    PyObject* const answer = PyObject_CallMethodNoArgs(grad, name);
+    if (answer == nullptr) throw py::error_already_set();
+    const bool is_set = answer != Py_False;
+    Py_DECREF(answer);
+    return is_set;
   }
 
-  py::list params_;
   Device device_{};
   Dtype dtype_{};
   std::vector<Layout> layouts_;
   std::vector<void*> addresses_;
-  std::vector<py::object> grads_;
-  std::vector<void*> grad_addresses_;
+  std::vector<void*> grads_;
 };
 
-// Whether the values of a dict are these very objects, in this order.
-inline bool has_values(const py::dict& dict, const py::list& values) {
-  if (PyDict_GET_SIZE(dict.ptr()) != PyList_GET_SIZE(values.ptr())) return false;
+// Whether a dict has these very keys and values, in this order.
+inline bool has_items(const py::dict& dict, const py::list& keys, const py::list& values) {
+  const Py_ssize_t count = PyDict_GET_SIZE(dict.ptr());
+  if (count != PyList_GET_SIZE(keys.ptr()) || count != PyList_GET_SIZE(values.ptr())) return false;
   Py_ssize_t position = 0;
   PyObject *key = nullptr, *value = nullptr;
   for (Py_ssize_t i = 0; PyDict_Next(dict.ptr(), &position, &key, &value); ++i) {
-    if (value != PyList_GET_ITEM(values.ptr(), i)) return false;
+    if (key != PyList_GET_ITEM(keys.ptr(), i) || value != PyList_GET_ITEM(values.ptr(), i)) return false;
   }
   return true;
 }
 
 // Whether each dict has this very object under the name.
-inline bool hold(const py::list& dicts, const py::str& name, const py::list& objects) {
+inline bool have(const py::list& dicts, const py::str& name, const py::list& objects) {
   const Py_ssize_t count = PyList_GET_SIZE(dicts.ptr());
   if (count != PyList_GET_SIZE(objects.ptr())) return false;
   for (Py_ssize_t i = 0; i < count; ++i) {

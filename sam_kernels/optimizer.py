@@ -62,6 +62,9 @@ from .steps import Closure, Steps
 from .tensor_groups import FIXED, collect, lives_on_device, number
 from .watch import are_same
 
+# Numbers that are another object when they change.
+_PLAIN = {float, int, bool, type(None)}
+
 # A step is pending in every phase but the first; in _NOT_DUE and _RESTORED the weights are the user's own.
 _IDLE, _PERTURBED, _NOT_DUE, _RESTORED = "idle", "perturbed", "not due", "restored"
 
@@ -1073,9 +1076,14 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
 
     def _write_tables(self, served: Served) -> None:
         rule, _ = state.fused_rule(self.base_optimizer)
-        keys = ("betas", self._rho_key, *state.OPTIONS)
-        values = [tuple(map(group.get, keys)) for group in self.param_groups]
-        if self._has_written(served, rule, values):
+        values = [
+            (group[self._rho_key], group.get("maximize"), *state.numbers(rule, group))
+            for group in self.param_groups
+        ]
+        # Schedules have to be asked again in every step, and so have tensors, which may be changed in place.
+        is_schedule = callable(self.recipe.rho) or isinstance(self.recipe.rho, ProportionalToLr)
+        is_settled = not is_schedule and all(_PLAIN.issuperset(map(type, row)) for row in values)
+        if is_settled and self._has_written(served, rule, values):
             return
         eps = self.recipe.eps
         per_group = []
@@ -1100,12 +1108,8 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
         for tensor_group, _ in served:
             rows = [(float(metric), eta, *per_group[index]) for index, metric, eta in tensor_group.keys]
             tensor_group.write_table(rows)
-        self._written = None
-        # Tensors and schedules have to be asked again in every step.
-        if callable(self.recipe.rho) or isinstance(self.recipe.rho, ProportionalToLr):
-            return
-        if not any(isinstance(x, Tensor) for row in values for x in (*row, *(row[0] or ()))):
-            self._written = self.recipe, rule, values, [group.rows for group, _ in served]
+        tables = [group.rows for group, _ in served]
+        self._written = (self.recipe, rule, values, tables) if is_settled else None
 
     def _has_written(self, served: Served, rule: str | None, values: list[tuple[Any, ...]]) -> bool:
         """Whether the tables say all this already, so that no number needs to be looked at."""
@@ -1116,7 +1120,6 @@ class SAM(Steps, Scaling, MaskUpdates, Checkpoints):
             return False
         if any(group.rows is not rows for (group, _), rows in zip(served, tables, strict=True)):
             return False
-        # A list of a step before had no tensor; one that has come since is compared by its number, once.
         if values != known:
             return False
         for group, _ in served:

@@ -10,22 +10,10 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .sharding import local, wrapped
 from .tensor_groups import TensorGroup, has_none, number
-from .watch import are_same, has_values, hold
+from .watch import are_same, has_items, have
 
 # State of the shape of its parameter, and spread over ranks like it; Adam's step is neither.
 _LIKE_WEIGHTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
-
-# What `scalars` reads of a param group, beside betas.
-OPTIONS = (
-    "lr",
-    "weight_decay",
-    "maximize",
-    "momentum",
-    "dampening",
-    "nesterov",
-    "eps",
-    "decoupled_weight_decay",
-)
 
 # Flags under which torch's own step differs from what `descend_` computes.
 _UNFUSED_FLAGS = ("amsgrad", "capturable", "differentiable")
@@ -86,6 +74,16 @@ def scalars(rule: str | None, group: dict[str, Any]) -> tuple[float | Tensor, ..
         number(group["eps"]),
         float(bool(decoupled)),
     )
+
+
+def numbers(rule: str | None, group: dict[str, Any]) -> tuple[Any, ...]:
+    """What `scalars` reads of a param group, as it is there."""
+    if rule is None:
+        return ()
+    shared = (group["lr"], group["weight_decay"], group["maximize"])
+    if rule == "sgd":
+        return (*shared, group["momentum"], group["dampening"], group["nesterov"])
+    return (*shared, *group["betas"], group["eps"], group.get("decoupled_weight_decay"))
 
 
 def slots(
@@ -211,17 +209,19 @@ def _moments(
 def _hold(entries: list[dict[str, Any]], tensors: dict[str, list[Any]], has_dtensors: bool) -> bool:
     """Whether the entries hold these very tensors."""
     if not has_dtensors:
-        return all(hold(entries, name, tensors[name]) for name in tensors)
+        return all(have(entries, name, tensors[name]) for name in tensors)
     return all(are_same([local(entry.get(name)) for entry in entries], tensors[name]) for name in tensors)
 
 
 def _entries(base: Optimizer, group: TensorGroup) -> list[dict[str, Any]]:
     """The state dict of each parameter, or an empty one; looked up again only when any was replaced."""
     state = base.state
-    if group.cache.get("state") is not state or not has_values(state, group.cache["state values"]):
+    known = group.cache.get("state items")
+    if known is None or group.cache["state"] is not state or not has_items(state, *known):
         # state.get, not state[...]: a defaultdict would grow entries for parameters without gradients.
         group.cache["state entries"] = [state.get(param, _NOTHING) for param in group.owners]
-        group.cache["state values"], group.cache["state"] = list(state.values()), state
+        group.cache["state items"] = list(state.keys()), list(state.values())
+        group.cache["state"] = state
     return group.cache["state entries"]
 
 

@@ -116,6 +116,7 @@ class TensorGroup:
         self.offsets: list[Tensor | None] | None = None  # by word, its place in a compact snapshot
         self.cache: dict[str, Any] = {}
         self.is_perturbed = False
+        self.seen_grads: tuple[Tensor | None, ...] | None = None  # those whose addresses `watch` knows
         self.has_all_grads = False
         self.is_captured = False  # whether a CUDA graph has recorded addresses of ours
         self.reads = 0  # how often gradients were read; what a backend keeps of them is stamped with it
@@ -144,7 +145,7 @@ class TensorGroup:
 
     def is_current(self) -> bool:
         """Whether the parameters still have the device, dtype, shape and strides the group was built for."""
-        seen = None if self.watch is None else self.watch.look()
+        seen = None if self.watch is None else self.watch.look(self.params)
         if seen == SAME:
             return True
         if seen == MOVED:
@@ -285,12 +286,14 @@ class TensorGroup:
 
     def read_gradients(self) -> None:
         """Take the present gradients; where needed densify, cast or re-order them to fit the weights."""
-        found = None if self.watch is None else self.watch.gradients()
+        found = None if self.watch is None else self.watch.gradients(self.params)
         if found is not None:
             self.grads, present = found
+            self.seen_grads = tuple(self.grads)
             self.has_all_grads = present == len(self.params)
             self.reads += 1
             return
+        self.seen_grads = None
         grads = self.own_gradients()
         self.has_all_grads = True
         try:
@@ -329,8 +332,7 @@ class TensorGroup:
     def drop_gradients(self) -> None:
         """Let go of the gradients: held on to, they would outlive `zero_grad` and the next backward."""
         self.grads = [None] * len(self.params)
-        if self.watch is not None:
-            self.watch.forget()
+        self.seen_grads = None
 
     # ---- masks and snapshots -------------------------------------------------------------------
 
@@ -511,7 +513,8 @@ def has_none(items: list[Any]) -> bool:
 def _are_plain(grads: list[Tensor], dtype: torch.dtype) -> bool:
     """Whether all are strided, contiguous and of that dtype, asked without a Python loop."""
     # A sparse tensor answers False here too.
-    return all(map(Tensor.is_contiguous, grads)) and not set(map(_get_dtype, grads)) - {dtype}
+    are_dense = all(map(Tensor.is_contiguous, grads)) and not set(map(_get_dtype, grads)) - {dtype}
+    return are_dense and not any(map(Tensor.is_neg, grads))
 
 
 def _layout_of(tensor: Tensor) -> tuple[Any, ...]:
@@ -523,11 +526,21 @@ def _describe(device: torch.device, dtype: torch.dtype, shape: torch.Size, strid
 
 
 def fitted(grad: Tensor, param: Tensor) -> Tensor:
-    """The gradient, or a slot, as a dense tensor with dtype, device and strides of its parameter."""
+    """The gradient, or a slot, as a dense tensor with dtype, device and strides of its parameter.
+
+    Raises:
+        ValueError: if it has another shape.
+    """
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"a tensor of shape {tuple(grad.shape)} belongs to a parameter of shape {tuple(param.shape)}; "
+            "expected the same shape. Was state of another model loaded?"
+        )
     if grad.layout != torch.strided:
         grad = grad.to_dense()
     is_alike = grad.dtype == param.dtype and grad.device == param.device
-    if is_alike and (grad.stride() == param.stride() or grad.numel() <= 1):
+    # Behind complex numbers a gradient may be one of which a bit says that its numbers are negated.
+    if is_alike and not grad.is_neg() and (grad.stride() == param.stride() or grad.numel() <= 1):
         return grad
     return torch.empty_like(param, requires_grad=False).copy_(grad)
 
@@ -607,6 +620,8 @@ def _check_parameter(param: Tensor, index: int, position: int) -> None:
         raise ValueError(f"{where} is {param.dtype}; expected a floating-point parameter")
     if param.layout != torch.strided:
         raise ValueError(f"{where} has layout {param.layout}; expected a dense parameter")
+    if param.is_neg():
+        raise ValueError(f"{where} is a negated view; give the optimizer a parameter of resolve_neg() of it")
 
 
 def _check_overlaps(places: list[tuple[Tensor, str]]) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ._version import ABI_VERSION
+
 # What a watch has seen: Python has to look, all are elsewhere but as they were, or nothing has changed.
 UNSURE, MOVED, SAME = 0, 1, 2
 
@@ -21,8 +23,8 @@ UNSURE, MOVED, SAME = 0, 1, 2
 def watch(params: list[Tensor]) -> Any:
     """A watch over parameters of one device and dtype, or None where there is none.
 
-    ``look()`` returns UNSURE, MOVED or SAME. ``gradients()`` returns every ``.grad`` and how many are there,
-    or None if any has another dtype, device or layout than its parameter.
+    ``look(params)`` returns UNSURE, MOVED or SAME. ``gradients(params)`` returns every ``.grad`` and how many
+    are there, or None if any has another dtype, device or layout than its parameter.
     """
     if _module is None:
         return None
@@ -32,29 +34,29 @@ def watch(params: list[Tensor]) -> Any:
         return None
 
 
-def has_values(entries: Mapping[Any, Any], values: list[Any]) -> bool:
-    """Whether the values of a mapping are these very objects, in this order.
+def has_items(entries: Mapping[Any, Any], keys: list[Any], values: list[Any]) -> bool:
+    """Whether a mapping has these very keys and values, in this order.
 
     Example:
-        >>> x = object()
-        >>> has_values({1: x}, [x]), has_values({1: x}, [object()])
-        (True, False)
+        >>> x, y = object(), object()
+        >>> has_items({1: x}, [1], [x]), has_items({1: x}, [1], [y]), has_items({1: x}, [2], [x])
+        (True, False, False)
     """
     if _module is not None and isinstance(entries, dict):
-        return bool(_module.has_values(entries, values))
-    return are_same(list(entries.values()), values)
+        return bool(_module.has_items(entries, keys, values))
+    return are_same(list(entries.keys()), keys) and are_same(list(entries.values()), values)
 
 
-def hold(entries: list[dict[str, Any]], name: str, objects: list[Any]) -> bool:
+def have(entries: list[dict[str, Any]], name: str, objects: list[Any]) -> bool:
     """Whether each entry has this very object under the name.
 
     Example:
         >>> x = object()
-        >>> hold([{"a": x}], "a", [x]), hold([{"b": x}], "a", [x])
+        >>> have([{"a": x}], "a", [x]), have([{"b": x}], "a", [x])
         (True, False)
     """
     if _module is not None:
-        return bool(_module.hold(entries, name, objects))
+        return bool(_module.have(entries, name, objects))
     try:
         return are_same([entry[name] for entry in entries], objects)
     except KeyError:
@@ -75,14 +77,15 @@ def are_same(xs: list[Any], ys: list[Any]) -> bool:
 
 
 def _load() -> ModuleType | None:
-    """The compiled module, if it is of this version and torch lets tensors be viewed; torch 2.10 does."""
+    """The compiled module, if it was made of these sources and torch lets tensors be viewed; 2.10 does."""
     try:
         module = import_module(f"{__package__}._native")
-    except ImportError:  # the native backend says why
+        if module.abi_version != ABI_VERSION:
+            return None
+        is_ready = module.set_exchange(getattr(Tensor, "__dlpack_c_exchange_api__", None))
+    except (ImportError, AttributeError, TypeError, ValueError):  # no module, an old one, or another exchange
         return None
-    set_exchange = getattr(module, "set_exchange", None)
-    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    return module if set_exchange is not None and set_exchange(exchange) else None
+    return module if is_ready else None
 
 
 _module = _load()

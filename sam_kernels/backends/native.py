@@ -18,12 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._version import ABI_VERSION
 from ..ranks import Ranks
 from ..tensor_groups import FISHER, TensorGroup
 from .handover import count_descent, count_perturbation, count_write, has_momentum, measured, scalars
-
-# SAMK_ABI_VERSION of csrc/sam_kernels.h
-ABI_VERSION = 6
 
 # enum samk_dtype, samk_moment, samk_shape, samk_rule
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -392,8 +390,9 @@ def _check_fisher(group: TensorGroup, name: str, what: str, asked: str, served: 
 
 def _point_gradients(plan: Any, group: TensorGroup) -> int:
     """How many tensors have a gradient; those that the group has just read are not looked at again."""
-    code = _DTYPES[group.dtype]
-    present: int = -1 if group.watch is None else plan.take(group.watch, group.grads, code)
+    code, present = _DTYPES[group.dtype], -1
+    if group.watch is not None and group.seen_grads is not None:
+        present = plan.point_seen(group.watch, group.seen_grads, group.grads, code)
     return present if present >= 0 else plan.point(_native.GRADS, "grads", group.grads, code)
 
 

@@ -224,7 +224,7 @@ class Plan:
             row: of that table.
             name: of the list, for messages.
             sizes: elements each tensor must have; those of the plan by default.
-            vouched: the tensor group has seen to it that dtypes, sizes and devices are right.
+            vouched: the tensor group has seen to it that dtypes and devices are right; sizes are checked.
             hold: these are the same tensors for many steps; they are checked where one or its address is new.
 
         Raises:
@@ -241,7 +241,9 @@ class Plan:
             missing = addresses == 0 if is_there is None else (addresses == 0) & is_there
             self._check_memory(name, tensors, missing)
             addresses[missing] = _NOTHING
-        is_known = vouched or (hold and table.holds(row, tensors, addresses))
+        is_known = (
+            self._have_sizes(tensors, sizes) if vouched else hold and table.holds(row, tensors, addresses)
+        )
         if len(tensors) != self.count or not (is_known or self._fits(tensors, dtype, sizes)):
             self._check(name, tensors, dtype, sizes)
         if hold:
@@ -249,11 +251,18 @@ class Plan:
         table.put(row, addresses)
         return len(tensors) if is_there is None else int(is_there.sum())
 
+    @staticmethod
+    def _have_sizes(tensors: Tensors, sizes: list[int]) -> bool:
+        try:
+            return list(map(Tensor.numel, tensors)) == sizes  # type: ignore[arg-type]
+        except TypeError:  # a None among them
+            return all(x is None or x.numel() == size for x, size in zip(tensors, sizes, strict=False))
+
     def _fits(self, tensors: Tensors, dtype: torch.dtype, sizes: list[int]) -> bool:
         """Whether all are there and of that dtype and these sizes, asked without a Python loop."""
         try:
             return (
-                list(map(Tensor.numel, tensors)) == sizes  # type: ignore[arg-type]
+                self._have_sizes(tensors, sizes)
                 and set(map(_get_dtype, tensors)) == {dtype}
                 and set(map(_get_device, tensors)) == {self.device}
             )
