@@ -286,6 +286,7 @@ class TensorGroup:
 
     def read_gradients(self) -> None:
         """Take the present gradients; where needed densify, cast or re-order them to fit the weights."""
+        self.seen_grads = None  # first: what the watch knows may be of others from here on
         found = None if self.watch is None else self.watch.gradients(self.params)
         if found is not None:
             self.grads, present = found
@@ -293,7 +294,6 @@ class TensorGroup:
             self.has_all_grads = present == len(self.params)
             self.reads += 1
             return
-        self.seen_grads = None
         grads = self.own_gradients()
         self.has_all_grads = True
         try:

@@ -195,6 +195,32 @@ def test_addresses_of_gradients_are_those_of_the_list_at_hand():
 
 
 @needs_module
+def test_a_gradient_that_cannot_be_had_leaves_no_addresses_behind():
+    class Shy(nn.Parameter):
+        """A parameter that does not give its gradient."""
+
+        is_shy = False
+
+        @property
+        def grad(self):
+            if self.is_shy:
+                raise RuntimeError("not now")
+            return super().grad
+
+    params: list[torch.Tensor] = [nn.Parameter(torch.ones(4)), Shy(torch.ones(4))]
+    torch.Tensor.grad.__set__(params[0], torch.full((4,), 2.0))
+    torch.Tensor.grad.__set__(params[1], torch.full((4,), 3.0))
+    group = group_of(params)
+    group.write_table([(float(EUCLIDEAN), 0.0, 0.1, 0.0)])
+    group.read_gradients()
+    params[1].is_shy = True
+    with pytest.raises(RuntimeError, match="not now"):
+        group.read_gradients()
+    assert group.seen_grads is None
+    assert backends.get("native").sq_norm(group).item() == 4 * 4.0 + 4 * 9.0  # of the list read before
+
+
+@needs_module
 def test_fake_tensors_and_tensors_without_memory_have_no_watch():
     assert watch.watch([torch.empty(3, device="meta")]) is None
     with torch._subclasses.FakeTensorMode():
