@@ -16,7 +16,7 @@ from pathlib import Path
 import interpreted
 import pytest
 import torch
-from tape import in_place_of_a_graph, like_an_accelerator, record
+from tape import capturing, in_place_of_a_graph, like_an_accelerator, record
 
 ROOT = Path(__file__).resolve().parent.parent
 # Not installed with the package: found from the checkout it is part of.
@@ -259,6 +259,46 @@ class TapedStand(Stand):
         state = [x for own in trained.optimizer.state.values() for x in own.values() if x is not None]
         slots = [x for own in trained.optimizer._slots.tensors.values() for x in own.values()]
         return record(self.patch, run, [*trained.model, *state, *slots])[0]
+
+
+class PrivatePool(Stand):
+    """A CPU that captures by running once more: as in a graph's own memory, no address comes again."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.patch = monkeypatch
+
+    def capture(self, run, warmup=3):
+        for _ in range(warmup):
+            run()
+        kept = [p.grad for p in run.func.__self__.model]
+
+        def replay():
+            with capturing(self.patch):
+                run()
+            return kept
+
+        own = run.func.__self__
+        state = [x for slots in own.optimizer.state.values() for x in slots.values()]
+        slots = [x for held in own.optimizer._slots.tensors.values() for x in held.values()]
+        persistent = [x for x in (*own.model, *state, *slots) if isinstance(x, torch.Tensor)]
+        before = [x.detach().clone() for x in persistent]
+        replay()
+        with torch.no_grad():
+            for x, old in zip(persistent, before, strict=True):
+                x.copy_(old)
+        return replay
+
+
+@interpreted.needed
+def test_steps_captured_by_hand_keep_the_addresses_of_their_gradients(session, monkeypatch):
+    """Triton's passes read addresses that were uploaded before the capture."""
+    session.gpu = PrivatePool(monkeypatch)
+    ways = recorded.recorded()["recipe/sampa"]
+    assert problems(recorded.check(interpreted.BACKEND.name, ways, session)) == []
+    monkeypatch.setattr(graphs, "_fix_gradients", lambda opt: setattr(opt, "_clears_by_zeros", False))
+    found = problems(recorded.check(interpreted.BACKEND.name, ways[:1], session))
+    assert len(found) == 1 and "the address of a tensor changed during the capture" in found[0]
 
 
 @pytest.fixture
