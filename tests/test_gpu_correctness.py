@@ -371,6 +371,46 @@ def test_a_pass_that_is_wrong_in_one_place_is_found(name, session, monkeypatch):
     assert problems(correctness._passes("foreach", family, torch.float32, session)) == []
 
 
+def test_bits_of_adam_are_not_asked_in_float64_where_libraries_of_powers_differ(session, monkeypatch):
+    """By an ulp of a bias correction, which fp32 rounds away and float64 keeps."""
+
+    class OtherLibrary(Spied):
+        def __getattr__(self, attribute):
+            value = getattr(foreach.BACKEND, attribute)
+            if attribute != "descend_":
+                return value
+
+            def call(group, rule, *rest, **more):
+                result = value(group, rule, *rest, **more)
+                if group.dtype == torch.float64:
+                    for p in group.params:
+                        p.mul_(1 + 2**-52)
+                return result
+
+            return call
+
+    monkeypatch.setitem(registered._registered, "other", OtherLibrary(foreach.BACKEND))
+    found = problems_of(correctness._passes("other", "plain", torch.float64, session))
+    assert "descend_ sgd: weights differs in its bits" in found and "descend_ adam" not in found
+    assert problems_of(correctness._passes("other", "plain", torch.float32, session)) == ""
+
+
+def problems_of(rows):
+    return "; ".join(row["value"] for row in rows if row["metric"] == "wrong")
+
+
+def test_bias_corrections_in_fp32_survive_an_ulp_of_their_powers():
+    import numpy as np
+
+    for step in (1, 2, 3, 4):
+        for beta in (0.8, 0.9, 0.999):
+            power = np.float64(beta) ** step
+            for other in (np.nextafter(power, 0), np.nextafter(power, 1)):
+                for lr in (0.1, 0.2, 0.01):
+                    assert np.float32(lr / (1 - power)) == np.float32(lr / (1 - other))
+                assert np.float32(np.sqrt(1 - power)) == np.float32(np.sqrt(1 - other))
+
+
 def test_without_a_cpu_engine_passes_are_held_against_the_reference(session, monkeypatch):
     monkeypatch.setattr(correctness, "cpu_refusal", lambda backend: "it was not built")
     rows = correctness._passes("foreach", "plain", torch.float32, session)
