@@ -23,6 +23,7 @@ from bench.gpu import (  # noqa: E402
     ceilings,
     check,
     device,
+    floor,
     gate,
     host_time,
     jax_peers,
@@ -206,6 +207,19 @@ def test_topk_is_left_out_where_it_cannot_be_and_ours_is_a_fault(session, monkey
     monkeypatch.setattr(selection, "problem", lambda selected: "off")
     found = [row for row in selection.measure("resnet50", session) if row["metric"] == "wrong"]
     assert len(found) == 2 and all(check.is_fault("kernels/resnet50/selection", row) for row in found)
+
+
+def test_the_cost_of_a_step_is_timed_where_there_is_next_to_nothing_to_move(session, monkeypatch):
+    assert [sum(n for (n,) in floor.shapes_of(size)) for size in floor.SIZES] == list(floor.SIZES)
+    for key in ours.OURS:
+        made = replace(ours.SPECS[key], make=partial(Ours, backend="foreach"))
+        monkeypatch.setitem(ours.SPECS, key, made)
+    assert {f"floor/{size}" for size in floor.SIZES} <= {unit.name for unit in kernels.units(session)}
+    rows = floor.measure(1000, session)
+    timed = {(row["peer"], row["metric"]): row for row in rows}
+    for key in ours.OURS:
+        assert timed[key, "eager_ms"]["p50"] > 0 and timed[key, "graph_ms"]["p50"] > 0
+    assert ("ours_triton", "graph_to_native") in timed and {row["tensors"] for row in rows} == {161}
 
 
 # ---- stage 4: what is timed --------------------------------------------------------------------------

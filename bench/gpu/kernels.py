@@ -11,7 +11,7 @@ from statistics import median
 
 from ..records import Row, measured, single
 from ..timing import Contestant, interleave
-from . import masked, selection
+from . import floor, masked, selection
 from .lists import CASES, numel
 from .ours import named
 from .session import Session, Unit
@@ -36,6 +36,7 @@ def units(session: Session) -> Iterator[Unit]:
             yield Unit(f"kernels/{case}/{layout.name}", partial(measure, case, layout), least)
         yield Unit(f"kernels/{case}/masked", partial(masked.measure, case), least)
         yield Unit(f"kernels/{case}/selection", partial(selection.measure, case), least)
+    yield from floor.units()
 
 
 def _least(case: str, session: Session) -> float:
