@@ -340,7 +340,7 @@ def test_on_a_gpu_another_process_counts_launches_and_costs_no_figure(session, m
     session.gpu.device = torch.device("cuda")
     asked = []
 
-    def run(module, unit, session, more):
+    def run(module, unit, session, more, most):
         asked.append((module, unit, more))
         return [single("foreach", "launches", 9)], ""
 

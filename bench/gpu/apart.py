@@ -21,11 +21,13 @@ from .session import Session, Unfinished
 _SPARE_SECONDS = 10  # of the stage, for the way back
 
 
-def run(module: str, unit: str, session: Session, more: Sequence[str] = ()) -> tuple[list[Row] | None, str]:
+def run(
+    module: str, unit: str, session: Session, more: Sequence[str] = (), most: float = float("inf")
+) -> tuple[list[Row] | None, str]:
     """The rows that the other process has written, None if it died before; and how it ended.
 
     Raises:
-        Unfinished: if it did not end in what is left of the stage.
+        Unfinished: if it did not end in what is left of the stage, or in `most` seconds.
     """
     session.gpu.free_bytes()
     with tempfile.TemporaryDirectory() as folder:
@@ -33,12 +35,12 @@ def run(module: str, unit: str, session: Session, more: Sequence[str] = ()) -> t
         command = [sys.executable, "-m", module, unit, "--rows", str(rows)]
         command += ["--seconds", f"{session.left() - _SPARE_SECONDS:.0f}", "--backends", *session.backends]
         command += ["--cap", str(session.cap)] if session.cap is not None else []
-        status, said = _wait([*command, *more], session)
+        status, said = _wait([*command, *more], session, min(session.left(), most))
         found = json.loads(rows.read_text()) if rows.exists() else None
     return found, f"its process ended with status {status}: {said.strip()[-500:]}"
 
 
-def _wait(command: list[str], session: Session) -> tuple[int, str]:
+def _wait(command: list[str], session: Session, seconds: float) -> tuple[int, str]:
     # By default jax takes three quarters of the memory at once.
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     try:
@@ -49,7 +51,7 @@ def _wait(command: list[str], session: Session) -> tuple[int, str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=session.left(),
+            timeout=seconds,
         )
     except subprocess.TimeoutExpired as late:
         raise Unfinished(f"the process of {command[2]} did not end in time") from late
