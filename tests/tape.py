@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sam_kernels import graphs
+from sam_kernels import graphs, ops, rng, tensor_groups
 from sam_kernels.backends import foreach, native
+from sam_kernels.backends.triton import plan
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
 
@@ -144,13 +145,22 @@ def like_an_accelerator(monkeypatch) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def capturing(monkeypatch) -> Iterator[None]:
+    """Everybody who asks is told that a graph is being captured, as everywhere inside torch.cuda.graph."""
+    with monkeypatch.context() as patch:
+        for module in (tensor_groups, graphs, ops, rng, plan):
+            patch.setattr(module, "is_capturing", lambda device: True)
+        yield
+
+
 def record(monkeypatch, run: Callable[[], Any], persistent: list[Tensor]) -> tuple[Callable[[], None], Any]:
     """Record one run; as a capture does it changes nothing, so what persists is put back."""
     kept, tape = [x.detach().clone() for x in persistent], Tape()
     plan_of = native.Native._plan
     with monkeypatch.context() as patch:
         patch.setattr(native.Native, "_plan", lambda self, group: Recorded(plan_of(self, group), tape))
-        with tape:
+        with capturing(patch), tape:
             result = run()
     with torch.no_grad():
         for x, old in zip(persistent, kept, strict=True):

@@ -16,7 +16,7 @@ from pathlib import Path
 import interpreted
 import pytest
 import torch
-from tape import in_place_of_a_graph, like_an_accelerator, record
+from tape import capturing, in_place_of_a_graph, like_an_accelerator, record
 
 ROOT = Path(__file__).resolve().parent.parent
 # Not installed with the package: found from the checkout it is part of.
@@ -261,6 +261,46 @@ class TapedStand(Stand):
         return record(self.patch, run, [*trained.model, *state, *slots])[0]
 
 
+class PrivatePool(Stand):
+    """A CPU that captures by running once more: as in a graph's own memory, no address comes again."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.patch = monkeypatch
+
+    def capture(self, run, warmup=3):
+        for _ in range(warmup):
+            run()
+        kept = [p.grad for p in run.func.__self__.model]
+
+        def replay():
+            with capturing(self.patch):
+                run()
+            return kept
+
+        own = run.func.__self__
+        state = [x for slots in own.optimizer.state.values() for x in slots.values()]
+        slots = [x for held in own.optimizer._slots.tensors.values() for x in held.values()]
+        persistent = [x for x in (*own.model, *state, *slots) if isinstance(x, torch.Tensor)]
+        before = [x.detach().clone() for x in persistent]
+        replay()
+        with torch.no_grad():
+            for x, old in zip(persistent, before, strict=True):
+                x.copy_(old)
+        return replay
+
+
+@interpreted.needed
+def test_steps_captured_by_hand_keep_the_addresses_of_their_gradients(session, monkeypatch):
+    """Triton's passes read addresses that were uploaded before the capture."""
+    session.gpu = PrivatePool(monkeypatch)
+    ways = recorded.recorded()["recipe/sampa"]
+    assert problems(recorded.check(interpreted.BACKEND.name, ways[1:], session)) == []
+    monkeypatch.setattr(graphs, "_fix_gradients", lambda opt: setattr(opt, "_clears_by_zeros", False))
+    found = problems(recorded.check(interpreted.BACKEND.name, ways[:1], session))
+    assert len(found) == 1 and "the address of a tensor changed during the capture" in found[0]
+
+
 @pytest.fixture
 def taped(session, monkeypatch):
     make = graphs.make_graphed_step
@@ -329,6 +369,46 @@ def test_a_pass_that_is_wrong_in_one_place_is_found(name, session, monkeypatch):
     monkeypatch.setitem(registered._registered, "wrong", Wrong(foreach.BACKEND))
     assert problems(correctness._passes("wrong", family, torch.float32, session))
     assert problems(correctness._passes("foreach", family, torch.float32, session)) == []
+
+
+def test_bits_of_adam_are_not_asked_in_float64_where_libraries_of_powers_differ(session, monkeypatch):
+    """By an ulp of a bias correction, which fp32 rounds away and float64 keeps."""
+
+    class OtherLibrary(Spied):
+        def __getattr__(self, attribute):
+            value = getattr(foreach.BACKEND, attribute)
+            if attribute != "descend_":
+                return value
+
+            def call(group, rule, *rest, **more):
+                result = value(group, rule, *rest, **more)
+                if group.dtype == torch.float64:
+                    for p in group.params:
+                        p.mul_(1 + 2**-52)
+                return result
+
+            return call
+
+    monkeypatch.setitem(registered._registered, "other", OtherLibrary(foreach.BACKEND))
+    found = problems_of(correctness._passes("other", "plain", torch.float64, session))
+    assert "descend_ sgd: weights differs in its bits" in found and "descend_ adam" not in found
+    assert problems_of(correctness._passes("other", "plain", torch.float32, session)) == ""
+
+
+def problems_of(rows):
+    return "; ".join(row["value"] for row in rows if row["metric"] == "wrong")
+
+
+def test_bias_corrections_in_fp32_survive_an_ulp_of_their_powers():
+    import numpy as np
+
+    for step in (1, 2, 3, 4):
+        for beta in (0.8, 0.9, 0.999):
+            power = np.float64(beta) ** step
+            for other in (np.nextafter(power, 0), np.nextafter(power, 1)):
+                for lr in (0.1, 0.2, 0.01):
+                    assert np.float32(lr / (1 - power)) == np.float32(lr / (1 - other))
+                assert np.float32(np.sqrt(1 - power)) == np.float32(np.sqrt(1 - other))
 
 
 def test_without_a_cpu_engine_passes_are_held_against_the_reference(session, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,17 @@ pytest.importorskip("rich", reason="the benchmark prints with rich")
 
 from test_gpu_check import MACHINE, Stand, figures, only, outcomes  # noqa: E402
 
-from bench.gpu import (  # noqa: E402  # noqa: E402
+from bench.gpu import (  # noqa: E402
+    apart,
     ceilings,
     check,
     device,
+    floor,
+    gate,
+    host_time,
     jax_peers,
     kernels,
+    launch_counts,
     lists,
     masked,
     ours,
@@ -203,6 +209,200 @@ def test_topk_is_left_out_where_it_cannot_be_and_ours_is_a_fault(session, monkey
     assert len(found) == 2 and all(check.is_fault("kernels/resnet50/selection", row) for row in found)
 
 
+def test_the_cost_of_a_step_is_timed_where_there_is_next_to_nothing_to_move(session, monkeypatch):
+    assert [sum(n for (n,) in floor.shapes_of(size)) for size in floor.SIZES] == list(floor.SIZES)
+    for key in ours.OURS:
+        made = replace(ours.SPECS[key], make=partial(Ours, backend="foreach"))
+        monkeypatch.setitem(ours.SPECS, key, made)
+    assert {f"floor/{size}" for size in floor.SIZES} <= {unit.name for unit in kernels.units(session)}
+    rows = floor.measure(1000, session)
+    timed = {(row["peer"], row["metric"]): row for row in rows}
+    for key in ours.OURS:
+        assert timed[key, "eager_ms"]["p50"] > 0 and timed[key, "graph_ms"]["p50"] > 0
+    assert ("ours_triton", "graph_to_native") in timed and {row["tensors"] for row in rows} == {161}
+
+
+# ---- stage 4: what is timed --------------------------------------------------------------------------
+
+QUESTION = phase.QUESTIONS[0]
+
+
+class Peer:
+    """A peer that notes what it does; and the device's clocks, which note what they time."""
+
+    def __init__(self, done):
+        self.done, self.params = done, Params(done)
+
+    def step_phase1(self):
+        self.done.append("first")
+
+    def step_phase2(self):
+        self.done.append("second")
+
+
+class Params(list):
+    """Who gives them gradients goes through them."""
+
+    def __init__(self, done):
+        self.done = done
+
+    def __iter__(self):
+        self.done.append("placed")
+        return iter(())
+
+
+class Clock(Stand):
+    held_up = 0.0
+
+    def __init__(self, done):
+        super().__init__()
+        self.done = done
+
+    def host_seconds(self, run, is_busy):
+        self.done.append("[busy" if is_busy else "[idle")
+        run()
+        self.done.append("]")
+        return self.held_up if is_busy else 1e-5
+
+    def laps(self, runs, ahead=0):
+        for run in runs:
+            run()
+        return [1.0, 10.0, 100.0]
+
+
+class Empty:
+    first, second, numel, dtype = [], [], 100, torch.float32
+
+
+def test_the_hosts_time_is_that_of_both_halves_and_not_of_placing_gradients(session):
+    done = []
+    session.gpu = Clock(done)
+    row, waiting = host_time._host("p", gate.parts_of(Peer(done), Empty), "", session)
+    assert row["p50"] == 0.0 and row["device"] == "busy" and waiting["value"] is False
+    step = ["placed", "[busy", "first", "]", "placed", "[busy", "second", "]"]
+    assert done[-len(step) :] == step
+    session.gpu.held_up = 0.02  # as long as the device spins: the queue was full
+    row, _ = host_time._host("p", gate.parts_of(Peer(done), Empty), "", session)
+    assert row["device"] == "idle" and row["p50"] == pytest.approx(20)
+
+
+def test_a_peer_that_reads_the_device_is_timed_beside_an_idle_one(session, monkeypatch):
+    done = []
+    session.gpu = Clock(done)
+    monkeypatch.setattr(host_time, "waits", lambda parts, device: True)
+    row, waiting = host_time._host("p", gate.parts_of(Peer(done), Empty), "", session)
+    assert row["device"] == "waits" and waiting["value"] is True and "[busy" not in done
+
+
+def test_reads_of_the_device_are_those_that_torch_warns_of(monkeypatch):
+    modes = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def reads():
+        assert modes[-1] == "warn"
+        warnings.warn("called a synchronizing CUDA operation (of item)", stacklevel=1)
+
+    def grumbles():
+        warnings.warn("deprecated", stacklevel=1)
+
+    cuda = torch.device("cuda")
+    assert host_time.waits((grumbles, reads), cuda) is True
+    assert host_time.waits((grumbles,), cuda) is False and modes[-1] == 0
+
+
+def test_eager_steps_are_timed_without_placing_gradients(session, monkeypatch):
+    session.gpu = Clock([])
+    monkeypatch.setattr(phase, "_copy", lambda *rest: lambda: {"eager_ms": 1.0})
+    rows = phase._eager({"foreach": Peer([])}, QUESTION, Empty, session)
+    assert {row["peer"]: row["p50"] for row in rows}["foreach"] == 101_000
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_launches_are_counted_after_everything_was_timed(session, monkeypatch):
+    order = []
+    for name in ("laps", "launches"):
+        function = getattr(Stand, name)
+
+        def noted(self, *args, name=name, function=function, **more):
+            order.append(name)
+            return function(self, *args, **more)
+
+        monkeypatch.setattr(Stand, name, noted)
+    rows = phase._measure(QUESTION, session)
+    first = order.index("launches")
+    assert set(order[:first]) == {"laps"} and set(order[first:]) == {"launches"}
+    of_ours = {row["metric"] for row in rows if row["peer"] == "ours_native"}
+    assert {"launches", "launches_in_place"} <= of_ours
+
+
+def test_on_a_gpu_another_process_counts_launches_and_costs_no_figure(session, monkeypatch):
+    session.gpu.device = torch.device("cuda")
+    asked = []
+
+    def run(module, unit, session, more, most):
+        asked.append((module, unit, more))
+        return [single("foreach", "launches", 9)], ""
+
+    monkeypatch.setattr(apart, "run", run)
+    assert launch_counts.rows_for(QUESTION, ["foreach"], session)[0]["value"] == 9
+    assert asked == [("bench.gpu.launch_counts", QUESTION.name, ["--peers", "foreach"])]
+    monkeypatch.setattr(apart, "run", lambda *rest: (None, "its process ended with status -9"))
+    (row,) = launch_counts.rows_for(QUESTION, ["foreach"], session)
+    assert row["metric"] == "launches_skipped" and "-9" in row["value"]
+
+    def late(*rest):
+        raise Unfinished("it did not end")
+
+    monkeypatch.setattr(apart, "run", late)
+    (row,) = launch_counts.rows_for(QUESTION, ["foreach"], session)
+    assert row["value"] == "it did not end"
+
+
+def test_the_process_that_counts_launches_writes_rows(tmp_path):
+    rows = tmp_path / "rows.json"
+    arguments = [QUESTION.name, "--rows", str(rows), "--seconds", "60", "--cap", "3", "--backends", "foreach"]
+    assert launch_counts.main([*arguments, "--peers", "foreach", "base_alone"], Stand) == 0
+    found = json.loads(rows.read_text())
+    assert [(row["peer"], row["metric"]) for row in found] == [
+        ("foreach", "launches"),
+        ("base_alone", "launches"),
+    ]
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_rows_of_finished_parts_outlive_one_that_raises(session, monkeypatch):
+    def fails(*rest):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(phase, "_graphed", fails)
+    rows = phase._measure(QUESTION, session)
+    assert {"host_us", "eager_ms", "launches"} <= {row["metric"] for row in rows}
+    (found,) = (row for row in rows if row["metric"] == "wrong")
+    assert "no memory is left" in found["value"] and check.is_fault(QUESTION.name, found)
+
+
+def test_units_ask_for_the_seconds_that_their_bytes_take(session):
+    session.cap = None
+    least = {unit.name: unit.least for unit in phase.units(session)}
+    assert 40 < least["phase/gpt2_xl/adamw/float32"] < 200
+    assert least["phase/gpt2_xl/adamw/float32"] > least["phase/vit_l/adamw/bfloat16"]
+    assert all(least[name] >= 120 for name in least if name.endswith(("compiled", "optax")))
+    of_passes = {unit.name: unit.least for unit in kernels.units(session)}
+    assert of_passes["kernels/llama_7b/float32"] > of_passes["kernels/resnet50/float32"] + 10
+    assert max(of_passes.values()) < 100
+
+
+def test_yardsticks_move_random_numbers(session, monkeypatch):
+    moved = []
+    copy_ = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda out, x: (moved.append(x), copy_(out, x))[1])
+    phase._copy(QUESTION, Empty, session, "eager_ms")()
+    (unit,) = (u for u in ceilings.units(session) if u.name == "ceilings/1GiB")
+    unit.measure(session)
+    assert len(moved) > 2 and all(x.unique().numel() > 10 for x in moved)
+
+
 # ---- stage 4: jax ----------------------------------------------------------------------------------
 
 UNIT = jax_peers.unit_name(jax_peers.QUESTIONS[0])
@@ -308,7 +508,7 @@ def child(monkeypatch, rows, said="", status=0):
         return subprocess.CompletedProcess(command, status, stdout=said)
 
     monkeypatch.setattr(jax_peers, "absence", lambda: None)
-    monkeypatch.setattr(jax_peers.subprocess, "run", run)
+    monkeypatch.setattr(apart.subprocess, "run", run)
     return asked
 
 

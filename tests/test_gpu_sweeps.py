@@ -251,7 +251,7 @@ def test_a_pass_whose_kernel_spills_is_left_out_and_said_so(session, engine):
 
 
 @emulated.needed
-def test_a_variant_that_is_wrong_is_not_timed(session, engine, monkeypatch):
+def test_a_variant_that_is_wrong_is_left_out_and_blocks_nothing(session, engine, monkeypatch):
     from sam_kernels import ops
 
     perturb = ops.perturb_
@@ -264,10 +264,32 @@ def test_a_variant_that_is_wrong_is_not_timed(session, engine, monkeypatch):
     monkeypatch.setattr(ops, "perturb_", off)
     unit = next(iter(sweeps.units(session)))
     rows = unit.measure(session)
-    (found,) = (row for row in rows if row["metric"] == "wrong")
+    (found,) = (row for row in rows if row["metric"] == "skipped")
     assert found["peer"] == "blocks=6" and "perturbed weights, adaptive=False differ" in found["value"]
-    assert check.is_fault(unit.name, found)
     assert not [row for row in rows if row["peer"].startswith("blocks=6 ") and "p50" in row]
+    session.results.replace(unit.name, rows)
+    assert session.results.has(unit.name)
+
+
+@emulated.needed
+def test_a_variant_that_raises_costs_itself_and_the_default_the_unit(session, engine, monkeypatch):
+    contestants = sweeps._contestants
+    broken = "blocks=6"
+
+    def raises(one, *rest):
+        if one.variant.name == broken:
+            raise RuntimeError("too many resources requested for launch")
+        return contestants(one, *rest)
+
+    monkeypatch.setattr(sweeps, "_contestants", raises)
+    unit = next(iter(sweeps.units(session)))
+    rows = unit.measure(session)
+    assert ["too many resources" in row["value"] for row in rows if row["metric"] == "skipped"] == [True]
+    timed = {row["peer"].split()[0] for row in rows if row["metric"] == "graph_ms"}
+    assert timed == {"default", "blocks=5"}
+    broken = winners.DEFAULT
+    with pytest.raises(RuntimeError, match="too many resources"):
+        unit.measure(session)
 
 
 @emulated.needed
@@ -280,6 +302,7 @@ def test_libraries_that_are_not_built_are_built_if_there_is_time(session, engine
     assert engine == []
     session.ends = float("inf")
     assert [row["metric"] for row in unit.measure(session)].count("passed") == 2
+    assert engine == [["blocks=5", "blocks=6", "stream=both"]]  # those of all sweeps at once
     late = variants.Built(emulated.LIBRARY, variants.LATE)
     monkeypatch.setattr(variants, "build", lambda chosen, *more: {v.name: late for v in chosen})
     with pytest.raises(Unfinished, match="no time to build"):

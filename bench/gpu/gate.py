@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..peers import Spec, Unavailable
 from ..records import Row, single
 from .lists import DeviceBase, DeviceWorkspace, base_for
 from .ours import OURS, withheld
-from .session import Session
+from .session import Session, Unfinished
 
 _WARMUP, _REPLAYS = 3, 3
 
@@ -36,6 +37,17 @@ class Question:
     def name(self) -> str:
         last = "/compiled" if self.compiled else ""
         return f"phase/{self.case}/{self.base}/{str(self.dtype)[6:]}{last}"
+
+
+QUESTIONS = (
+    Question("resnet50", "sgd"),
+    Question("vit_l", "adamw"),
+    Question("gpt2_xl", "adamw"),
+    Question("resnet50", "adamw"),
+    Question("vit_l", "adamw", torch.bfloat16),
+    Question("resnet50", "sgd", compiled=True),
+    Question("vit_l", "adamw", compiled=True),
+)
 
 
 def refusal(question: Question, spec: Spec, elements: int, session: Session) -> str | None:
@@ -117,18 +129,37 @@ def _walk(
     return peer, errors, lasted
 
 
+Parts = tuple[Callable[[], object], ...]
+
+
+def parts_of(peer: Any, workspace: DeviceWorkspace, is_in_place: bool = False) -> Parts:
+    """A whole step in four parts: gradients are placed, the first half, gradients again, the second half.
+
+    A backward pass leaves its gradients in ``.grad``; that we put them there is no part of a step.
+    """
+    second = workspace.first if is_in_place else workspace.second
+    return (
+        partial(give_gradients, peer.params, workspace.first),
+        peer.step_phase1,
+        partial(give_gradients, peer.params, second),
+        peer.step_phase2,
+    )
+
+
 def one_step(peer: Any, workspace: DeviceWorkspace, is_in_place: bool = False) -> Callable[[], None]:
-    """A whole step with the workspace's gradients, or with the first ones twice: gradients in one place.
+    """A whole step as one call, with the workspace's gradients, or with the first ones twice: in one place.
 
     Where gradients are depends on the program: zero_grad(set_to_none=False) and graphs keep them in place.
     """
-    second = workspace.first if is_in_place else workspace.second
+    return in_turn(*parts_of(peer, workspace, is_in_place))
+
+
+def in_turn(*parts: Callable[[], object]) -> Callable[[], None]:
+    """One after another."""
 
     def run() -> None:
-        give_gradients(peer.params, workspace.first)
-        peer.step_phase1()
-        give_gradients(peer.params, second)
-        peer.step_phase2()
+        for part in parts:
+            part()
 
     return run
 
@@ -182,3 +213,17 @@ def _holding(replay: Callable[[], object], peer: Any) -> Callable[[], object]:
         return replay() if peer is not None else None
 
     return run
+
+
+def kept(unit: str, parts: Iterable[list[Row]], session: Session) -> list[Row]:
+    """The rows of all parts, or of those before one that raises, which is a row too."""
+    rows: list[Row] = []
+    try:
+        for found in parts:
+            rows += found
+    except Exception as error:
+        if session.gpu.is_lost() or isinstance(error, Unfinished):
+            raise
+        session.log(f"  WRONG    {unit}: {error}")
+        rows.append(single(unit, "wrong", f"raised {type(error).__name__}: {error}"))
+    return rows

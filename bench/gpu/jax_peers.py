@@ -7,26 +7,22 @@ one program (a loop under jit; replays of our graph).
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from .. import machine, oracle
+from .. import oracle
 from ..peers import UPDATE_BYTES, Unavailable
 from ..records import Row, measured, single
 from ..timing import Contestant, interleave
-from .device import Gpu, GpuResults
-from .gate import Question, admit, base_of, capture, one_step
+from . import apart
+from .device import Gpu
+from .gate import Question, admit, base_of, capture, in_turn, kept, parts_of
 from .lists import CASES, DeviceWorkspace, base_for
 from .optax_sam import OptaxSam
 from .ours import NATIVE, OURS, SPECS, beside, key, withheld
@@ -39,7 +35,7 @@ QUESTIONS = (Question("resnet50", "sgd"), Question("vit_l", "adamw"))
 
 _STEPS = 10  # between two waits
 _SECONDS = 5  # of rounds
-_LEAST_SECONDS = 120  # of the stage: XLA compiles two programs for each mode
+LEAST_SECONDS = 120  # of the stage: XLA compiles two programs for each mode
 
 
 @dataclass(frozen=True)
@@ -78,64 +74,19 @@ def measure(question: Question, session: Session) -> list[Row]:
     if reason is not None:
         session.log(f"  skipped  optax: {reason}")
         return [single(name, "skipped", reason) for name in MODES]
-    if session.left() < _LEAST_SECONDS:
-        raise Unfinished(f"{session.left():.0f} s are left, and XLA compiles for up to {_LEAST_SECONDS}")
-    session.gpu.free_bytes()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows.json"
-        status, said = _run(_command(question, session, rows), session)
-        if rows.exists():
-            return json.loads(rows.read_text())  # type: ignore[no-any-return]
-    return [single("optax", "wrong", f"its process ended with status {status}: {said.strip()[-500:]}")]
-
-
-def _command(question: Question, session: Session, rows: Path) -> list[str]:
-    command = [sys.executable, "-m", "bench.gpu.jax_peers", unit_name(question), "--rows", str(rows)]
-    command += ["--seconds", f"{session.left() - 10:.0f}", "--backends", *session.backends]
-    return command + (["--cap", str(session.cap)] if session.cap is not None else [])
-
-
-def _run(command: list[str], session: Session) -> tuple[int, str]:
-    # By default jax takes three quarters of the memory at once.
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=machine.ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=session.left(),
-        )
-    except subprocess.TimeoutExpired as late:
-        raise Unfinished("the process of optax did not end in time") from late
-    for line in done.stdout.splitlines():
-        if line.startswith("  "):  # ours; XLA says much else
-            session.log(line)
-    return done.returncode, done.stdout
+    if session.left() < LEAST_SECONDS:
+        raise Unfinished(f"{session.left():.0f} s are left, and XLA compiles for up to {LEAST_SECONDS}")
+    rows, said = apart.run("bench.gpu.jax_peers", unit_name(question), session)
+    return [single("optax", "wrong", said)] if rows is None else rows
 
 
 # ---- in the process of its own ---------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None, gpu: Callable[[], Gpu] = Gpu) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.jax_peers", description=__doc__)
-    parser.add_argument("unit", choices=[unit_name(question) for question in QUESTIONS])
-    parser.add_argument("--rows", type=Path, required=True, help="file the rows are written to")
-    parser.add_argument("--backends", nargs="+", required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--cap", type=int)
-    options = parser.parse_args(arguments)
-    session = Session(
-        gpu(),
-        GpuResults(options.rows.with_suffix(".none"), {}),
-        partial(print, flush=True),
-        cap=options.cap,
-        ends=time.monotonic() + options.seconds,
-        backends=tuple(options.backends),
-    )
-    question = next(q for q in QUESTIONS if unit_name(q) == options.unit)
+    questions = {unit_name(question): question for question in QUESTIONS}
+    options = apart.parser("bench.gpu.jax_peers", list(questions), __doc__).parse_args(arguments)
+    session, question = apart.session_of(options, gpu), questions[options.unit]
     options.rows.write_text(json.dumps(rows_of(question, session)))
     return 0
 
@@ -174,15 +125,21 @@ def rows_of(question: Question, session: Session) -> list[Row]:
         return [{**_about(question, workspace), **row} for row in rows]
     rows += _ours(question, workspace, truth, session, contestants, graphs)
     del truth
-    samples = interleave(contestants, session.effort(_SECONDS))
-    for name, parts in interleave(graphs, session.effort(_SECONDS)).items():
-        samples[name] |= parts
-    for name, parts in samples.items():
-        count = _bytes(name, question, workspace)
-        for metric, seconds in parts.items():
-            rows.append(measured(name, metric, [1e3 * s for s in seconds], bytes=count))
+    rows += kept(
+        "optax", (_timed(some, question, workspace, session) for some in (contestants, graphs)), session
+    )
     rows += beside(rows, dict.fromkeys((*OURS[1:], *MODES), key(NATIVE)), NATIVE)
     return [{**_about(question, workspace), **row} for row in rows]
+
+
+def _timed(
+    contestants: dict[str, Contestant], question: Question, workspace: DeviceWorkspace, session: Session
+) -> list[Row]:
+    return [
+        measured(name, metric, [1e3 * s for s in seconds], bytes=_bytes(name, question, workspace))
+        for name, parts in interleave(contestants, session.effort(_SECONDS)).items()
+        for metric, seconds in parts.items()
+    ]
 
 
 def _about(question: Question, workspace: DeviceWorkspace) -> Row:
@@ -233,7 +190,9 @@ def _ours(
         rows += found
         if peer is None:
             continue
-        contestants[name] = _wall(one_step(peer, workspace), gpu.synchronize, "wall_ms")
+        # Gradients lie where they lie, as the arrays that optax is given.
+        place, first, _, second = parts_of(peer, workspace, is_in_place=True)
+        contestants[name] = _wall(in_turn(first, second), gpu.synchronize, "wall_ms", place)
         try:
             replay = capture(question, SPECS[name], workspace, session)
         except Unavailable as reason:
@@ -243,20 +202,29 @@ def _ours(
     return rows
 
 
-def _wall(step: Callable[[], object], wait: Callable[[], object], metric: str) -> Contestant:
+def _wall(
+    step: Callable[[], object],
+    wait: Callable[[], object],
+    metric: str,
+    before: Callable[[], object] = lambda: None,
+) -> Contestant:
     def several() -> None:
         for _ in range(_STEPS):
             step()
 
-    return _several(several, wait, metric)
+    return _several(several, wait, metric, before)
 
 
 def _several(
-    run: Callable[[], object], wait: Callable[[], object], metric: str = "wall_graph_ms"
+    run: Callable[[], object],
+    wait: Callable[[], object],
+    metric: str = "wall_graph_ms",
+    before: Callable[[], object] = lambda: None,
 ) -> Contestant:
-    """Seconds of a step, of several and a wait."""
+    """Seconds of a step, of several and a wait, after what is no part of them."""
 
     def contestant() -> dict[str, float]:
+        before()
         wait()
         start = time.perf_counter()
         run()

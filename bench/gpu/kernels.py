@@ -11,7 +11,7 @@ from statistics import median
 
 from ..records import Row, measured, single
 from ..timing import Contestant, interleave
-from . import masked, selection
+from . import floor, masked, selection
 from .lists import CASES, numel
 from .ours import named
 from .session import Session, Unit
@@ -23,15 +23,28 @@ _NEEDS = {"descend_ adamw": 5, "descend_ sgd": 4}
 # A list that half fits the L2 is measured twice: the same one again and again, and several in turn.
 _MOST_SETS = 4
 
+# What `_least` counts: calls of a pass in all ways it is timed, and bytes of an fp32 parameter.
+_CALLS, _BYTES_OF_A_PASS, _SLOW_RATE = 40, 16, 2e12
+
 _LEAST_LEAD = 200  # microseconds
 
 
 def units(session: Session) -> Iterator[Unit]:
     for case in CASES:
+        least = _least(case, session)
         for layout in LAYOUTS:
-            yield Unit(f"kernels/{case}/{layout.name}", partial(measure, case, layout))
-        yield Unit(f"kernels/{case}/masked", partial(masked.measure, case))
-        yield Unit(f"kernels/{case}/selection", partial(selection.measure, case))
+            yield Unit(f"kernels/{case}/{layout.name}", partial(measure, case, layout), least)
+        yield Unit(f"kernels/{case}/masked", partial(masked.measure, case), least)
+        yield Unit(f"kernels/{case}/selection", partial(selection.measure, case), least)
+    yield from floor.units()
+
+
+def _least(case: str, session: Session) -> float:
+    """Seconds: the rounds, and on long lists the bytes of the fewest rounds there are."""
+    if session.cap is not None:
+        return 15
+    calls = _CALLS * len(PASSES) * len(session.backends)
+    return 15 + calls * _BYTES_OF_A_PASS * numel(CASES[case].shapes(None)) / _SLOW_RATE
 
 
 def sets_for(list_bytes: int, l2_bytes: int) -> int:

@@ -16,14 +16,16 @@ from .. import oracle
 from ..peers import COPY, Unavailable
 from ..records import Row, measured, single
 from ..timing import Contestant, interleave
-from . import jax_peers
-from .device import QUEUE, median_of
-from .gate import Question, admit, base_of, bytes_needed, capture, one_step, refusal
+from . import host_time, jax_peers, launch_counts
+from .gate import QUESTIONS, Parts, Question, admit, base_of, bytes_needed, capture, kept, parts_of, refusal
 from .lists import CASES, DeviceWorkspace, base_for, numel
 from .ours import NATIVE, OURS, SPECS, beside
 from .session import Session, Unfinished, Unit
 
 _COMPILE_SECONDS = 240  # torch.compile of both halves twice; less time left than that and it is not begun
+
+# What `_least` counts: peers times their steps in gate, rounds and host time; their bytes per fp32 parameter.
+_STEPS_OF_ALL, _BYTES_OF_A_STEP, _SLOW_RATE, _FIXED_SECONDS = 11 * 60, 100, 2e12, 40
 
 # Peers that are captured in a graph, what is least sure to succeed last: a capture that fails may spoil
 # those after it. The others are not tried: eager SAM swaps p.data, so that a replay would start from the
@@ -31,23 +33,24 @@ _COMPILE_SECONDS = 240  # torch.compile of both halves twice; less time left tha
 _GRAPHED = (*OURS, "base_alone", "foreach", "compile_own", "compile_torch")
 
 
-QUESTIONS = (
-    Question("resnet50", "sgd"),
-    Question("vit_l", "adamw"),
-    Question("gpt2_xl", "adamw"),
-    Question("resnet50", "adamw"),
-    Question("vit_l", "adamw", torch.bfloat16),
-    Question("resnet50", "sgd", compiled=True),
-    Question("vit_l", "adamw", compiled=True),
-)
-
-
 def units(session: Session) -> Iterator[Unit]:
     for question in QUESTIONS:
-        yield Unit(question.name, partial(_measure, question))
+        yield Unit(question.name, partial(_measure, question), least=_least(question, session))
     # After the others, and in processes of their own: jax keeps the memory it once had.
     for question in jax_peers.QUESTIONS:
-        yield Unit(jax_peers.unit_name(question), partial(jax_peers.measure, question))
+        unit = jax_peers.unit_name(question)
+        yield Unit(unit, partial(jax_peers.measure, question), least=jax_peers.LEAST_SECONDS)
+
+
+def _least(question: Question, session: Session) -> float:
+    """Seconds: rounds and host time, which are the same for all, and the bytes of every peer's steps."""
+    if question.compiled:
+        return _COMPILE_SECONDS
+    if session.cap is not None:
+        return 15
+    elements = numel(CASES[question.case].shapes(None))
+    moved = _STEPS_OF_ALL * _BYTES_OF_A_STEP * question.dtype.itemsize / 4 * elements
+    return _FIXED_SECONDS + moved / _SLOW_RATE
 
 
 def _measure(question: Question, session: Session) -> list[Row]:
@@ -76,63 +79,50 @@ def _measure(question: Question, session: Session) -> list[Row]:
         elif (spec.kind == "compiled") == question.compiled or key in OURS:
             rows.append(single(key, "skipped", reason))
     del truth
-    rows += _counted(peers, workspace, session)
-    rows += _eager(peers, question, workspace, session)
+    keys = list(peers)
+    about = {"case": question.case, "base": question.base, "dtype": str(question.dtype)[6:]}
+    about |= {"tensors": len(shapes), "numel": workspace.numel}
+    rows += kept(question.name, _timings(peers, question, workspace, session), session)
+    torch._dynamo.reset()
+    peers.clear()
+    peer = None
+    del workspace
+    # After all timing, which a profiler would slow down.
+    if keys:
+        rows += launch_counts.rows_for(question, keys, session)
+    return [{**about, **row} for row in rows]
+
+
+def _timings(
+    peers: dict[str, Any], question: Question, workspace: DeviceWorkspace, session: Session
+) -> Iterator[list[Row]]:
+    yield host_time.rows_of(peers, workspace, session)
+    yield (eager := _eager(peers, question, workspace, session))
     peers.clear()
     session.gpu.free_bytes()
-    rows += _graphed(
-        question, workspace, session, {row["peer"] for row in rows if row["metric"] == "eager_ms"}
-    )
-    torch._dynamo.reset()
-    about = {"case": question.case, "base": question.base, "dtype": str(question.dtype)[6:]}
-    return [{**about, "tensors": len(shapes), "numel": workspace.numel, **row} for row in rows]
-
-
-def _counted(peers: dict[str, Any], workspace: DeviceWorkspace, session: Session) -> list[Row]:
-    """Launches, host time and extra memory of a step; of ours the first two also with gradients in place."""
-    rows = []
-    for key, peer in peers.items():
-        step = one_step(peer, workspace)
-        rows += _host(key, step, "", session)
-        if key in OURS:
-            rows += _host(key, one_step(peer, workspace, is_in_place=True), "_in_place", session)
-        # What it keeps between steps was made before; what comes on top is measured.
-        rows.append(single(key, "peak_extra_bytes", session.gpu.peak_extra(step) + _held(peer)))
-    return rows
-
-
-def _host(key: str, step: Callable[[], None], suffix: str, session: Session) -> list[Row]:
-    """Launches and host time of a step."""
-    gpu = session.gpu
-    step()
-    launches = gpu.launches(step)
-    # More launches than a busy device takes would make the host wait for it.
-    is_busy = launches is not None and launches <= QUEUE
-    host = [1e6 * s for s in median_of(lambda: gpu.host_seconds(step, is_busy), 20)]
-    return [
-        single(key, f"launches{suffix}", launches),
-        measured(key, f"host_us{suffix}", host, device="busy" if is_busy else "idle"),
-    ]
-
-
-def _held(peer: Any) -> int:
-    """Bytes of buffers that a peer keeps between steps, as far as it shows them."""
-    buffers = getattr(peer, "snapshots", None)
-    if buffers is None and hasattr(peer, "optimizer") and hasattr(peer.optimizer, "_groups"):
-        buffers = [x for group, _ in peer.optimizer._groups() for x in group.standing_snapshots or []]
-    return sum(x.numel() * x.element_size() for x in buffers or [])
+    yield _graphed(question, workspace, session, {r["peer"] for r in eager if r["metric"] == "eager_ms"})
 
 
 def _eager(
     peers: dict[str, Any], question: Question, workspace: DeviceWorkspace, session: Session
 ) -> list[Row]:
-    """Milliseconds of eager steps by the device's clock, interleaved, the host's delays included."""
+    """Milliseconds of eager steps by the device's clock, interleaved, the host's delays included.
+
+    Of the four parts of a step the halves count, and not the placing of gradients.
+    """
     gpu = session.gpu
 
-    def contestant(step: Callable[[], None]) -> Contestant:
-        return lambda: {"eager_ms": gpu.laps([step])[0]}
+    def contestant(parts: Parts) -> Contestant:
+        place, *rest = parts
 
-    contestants = {key: contestant(one_step(peer, workspace)) for key, peer in peers.items()}
+        def run() -> dict[str, float]:
+            place()
+            first, _, second = gpu.laps(rest)
+            return {"eager_ms": first + second}
+
+        return run
+
+    contestants = {key: contestant(parts_of(peer, workspace)) for key, peer in peers.items()}
     contestants[COPY] = _copy(question, workspace, session, "eager_ms")
     return _timed(interleave(contestants, session.effort(8)), question, workspace)
 
@@ -142,7 +132,8 @@ def _copy(question: Question, workspace: DeviceWorkspace, session: Session, metr
     count = _bytes(OURS[0], question, workspace)
     # A copy reads and writes; vectors beyond 2 GiB would only take memory from the peers.
     elements = max(1, min(int(count / 8), 2**29))
-    out, x = (torch.zeros(elements, device=session.gpu.device) for _ in range(2))
+    # Random numbers, as in lists: a card draws less power for constants, and may run faster.
+    out, x = (torch.empty(elements, device=session.gpu.device).normal_() for _ in range(2))
     times = max(1, round(count / (8 * elements)))
     scale = count / (8 * elements * times)
 

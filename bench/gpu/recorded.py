@@ -133,8 +133,10 @@ def _by_make_graphed_step(session: Session, eager: Trained, graphed: Trained) ->
 def _by_hand(session: Session, eager: Trained, graphed: Trained) -> list[str]:
     """A step that takes the next batch too."""
     here, ahead = graphed.batch(1), graphed.batch(2)
-    replay = session.gpu.capture(partial(graphed.step, here, ahead), warmup=_WARMUP)
-    for _ in range(_WARMUP):
+    _keep_gradients(graphed, here, ahead)
+    replay = session.gpu.capture(partial(graphed.step, here, ahead), warmup=_WARMUP - 1)
+    _keep_gradients(eager, eager.batch(1), eager.batch(2))
+    for _ in range(_WARMUP - 1):
         eager.step(eager.batch(1), eager.batch(2))
     for number in range(2, 2 + _REPLAYS):
         for places, seed in ((here, number), (ahead, number + 1)):
@@ -143,3 +145,17 @@ def _by_hand(session: Session, eager: Trained, graphed: Trained) -> list[str]:
         replay()
         eager.step(eager.batch(number), eager.batch(number + 1))
     return []
+
+
+def _keep_gradients(one: Trained, here: Sequence[Tensor], ahead: Sequence[Tensor]) -> None:
+    """A first step, after which gradients stay where they are.
+
+    As `make_graphed_step` does it: a step that drops its gradients would get others in a capture, out of the
+    graph's own memory, and Triton's passes would have to upload their addresses.
+    """
+    from sam_kernels.graphs import _fix_gradients
+
+    opt = one.optimizer
+    opt.copies_gradients = opt._clears_by_zeros = True
+    one.step(here, ahead)
+    _fix_gradients(opt)

@@ -24,15 +24,17 @@ from . import agreement, variants, winners
 from .kernels import sets_for
 from .lists import CASES, numel
 from .ours import NATIVE, TRITON, beside, named
-from .session import Session, Unfinished, Unit, guarded, skipped, verdict
+from .session import Session, Unfinished, Unit, guarded, skipped
 from .sets import LISTS, Layout, Set
 from .settings import SINGLE, STEPS, SWEEPS, TRITON_SWEEPS, Sweep, Variant
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 # With less time left in the stage no library of a sweep is built, and with less than the other none is begun.
-_BUILD_SECONDS, _LAST_BUILD_SECONDS = 150, 90
+# A build that is cut short is taken up where it was by the next call.
+_BUILD_SECONDS, _LAST_BUILD_SECONDS = 60, 40
 _SECONDS = 3.0  # of rounds in a unit
+_CALLS, _SLOW_RATE = 40, 2e12  # what `_least` counts: calls of a pass, in all ways it is timed
 _LEAST_LEAD = 200.0  # microseconds
 
 
@@ -91,14 +93,19 @@ def open_libraries(chosen: tuple[Variant, ...], session: Session) -> tuple[list[
     from sam_kernels.backends import native
 
     arch = variants.arch_of_card()
-    missing = [v.name for v in chosen if not variants.is_built(v, arch)]
-    if missing and session.left() < _BUILD_SECONDS:
-        raise Unfinished(f"python -m bench.gpu.variants has to build {', '.join(missing)} first")
-    libraries = variants.build(chosen, arch, machine.cores(), session.ends - _LAST_BUILD_SECONDS)
-    if late := [name for name, built in libraries.items() if built.problem == variants.LATE]:
+    wanted = chosen
+    if missing := [v.name for v in chosen if not variants.is_built(v, arch)]:
+        if session.left() < _BUILD_SECONDS:
+            raise Unfinished(f"python -m bench.gpu.variants has to build {', '.join(missing)} first")
+        # Those of all other sweeps too, at the same time: few builds keep all cores busy to their end.
+        every = (v for engine in ENGINES if engine.open is open_libraries for v in _variants(engine))
+        wanted = tuple({v.name: v for v in (*chosen, *every)}.values())
+    libraries = variants.build(wanted, arch, machine.cores(), session.ends - _LAST_BUILD_SECONDS)
+    if late := [v.name for v in chosen if libraries[v.name].problem == variants.LATE]:
         raise Unfinished(f"there was no time to build {', '.join(late)}")
     opened, rows = [], []
-    for variant, built in zip(chosen, libraries.values(), strict=True):
+    for variant in chosen:
+        built = libraries[variant.name]
         if built.problem is not None:
             rows.append(skipped(session, variant.name, built.problem))
             continue
@@ -156,6 +163,10 @@ ENGINES = (
 )
 
 
+def _variants(engine: Engine) -> Iterator[Variant]:
+    return (variant for sweep in engine.sweeps for variant in sweep.variants)
+
+
 # ---- units -----------------------------------------------------------------------------------------
 
 
@@ -164,7 +175,11 @@ def units(session: Session) -> Iterator[Unit]:
         if engine.backend not in session.backends:
             continue
         star = [
-            Unit(winners.unit_of(sweep, case, _name(dtype)), partial(measure, engine, sweep, case, dtype))
+            Unit(
+                winners.unit_of(sweep, case, _name(dtype)),
+                partial(measure, engine, sweep, case, dtype),
+                _least(sweep, case, dtype, session),
+            )
             for sweep in engine.sweeps
             for dtype in DTYPES
             for case in engine.cases
@@ -176,6 +191,14 @@ def units(session: Session) -> Iterator[Unit]:
             for case in engine.cases:
                 run = partial(_together, engine, names, case, dtype)
                 yield Unit(f"sweep/winners of {engine.backend}/{case}/{_name(dtype)}", run)
+
+
+def _least(sweep: Sweep, case: str, dtype: torch.dtype, session: Session) -> float:
+    """Seconds: comparisons and rounds, and on long lists the bytes of the fewest rounds there are."""
+    if session.cap is not None:
+        return 15
+    moved = sum(bytes_of(what, dtype, numel(CASES[case].shapes(None))) for what in sweep.passes)
+    return 15 + _CALLS * (1 + len(sweep.variants)) * moved / _SLOW_RATE
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -223,9 +246,14 @@ def measure(engine: Engine, sweep: Sweep, case: str, dtype: torch.dtype, session
     opened, rows = engine.open(sweep.variants, session)
     right = []
     for one in opened:
-        compare = partial(agreement.problems, engine, one.backend, dtype, session)
-        rows.append(verdict(session, one.variant.name, guarded(compare)))
-        if rows[-1]["metric"] == "passed":
+        found = guarded(partial(agreement.problems, engine, one.backend, dtype, session))
+        if session.gpu.is_lost():
+            raise RuntimeError(f"{one.variant.name}: the device is lost: {'; '.join(found)}")
+        # What is not the default is nobody's fault: it is left out, and cannot win.
+        if found:
+            rows.append(skipped(session, one.variant.name, f"it differs: {'; '.join(found[:5])}"))
+        else:
+            rows.append(single(one.variant.name, "passed", True))
             right.append(one)
     shapes = CASES[case].shapes(session.cap)
     elements = numel(shapes)
@@ -261,13 +289,12 @@ def _timed(
     ]
     contestants: dict[str, Contestant] = {}
     for one in everybody:
-        calls = [_with_steps(one.backend, s.calls(one.backend)) for s in sets]
-        for what in passes:
-            if one.spills(what, dtype):
-                continue
-            turn = [found[what] for found in calls]
-            contestants[f"{named(one.variant.name, what)}/eager"] = _eager(turn, session)
-            contestants[f"{named(one.variant.name, what)}/graph"] = _graph(turn, session)
+        try:
+            contestants |= _contestants(one, passes, sets, dtype, session)
+        except Exception as error:
+            if one.backend == default or session.gpu.is_lost():
+                raise
+            rows.append(skipped(session, one.variant.name, f"raised {type(error).__name__}: {error}"))
     for label, parts in interleave(contestants, session.effort(_SECONDS)).items():
         peer = label.rpartition("/")[0]
         moved = bytes_of(next(p for p in passes if peer.endswith(p)), dtype, elements)
@@ -275,6 +302,20 @@ def _timed(
             rows.append(measured(peer, metric, [1e3 * s for s in samples], bytes=moved))
     pairs = {named(one.variant.name, what): named(winners.DEFAULT, what) for one in opened for what in passes}
     return rows + beside(rows, pairs, winners.DEFAULT)
+
+
+def _contestants(
+    one: Opened, passes: tuple[str, ...], sets: list[Set], dtype: torch.dtype, session: Session
+) -> dict[str, Contestant]:
+    """Every pass of a variant, called once already, eager and in a graph."""
+    calls = [_with_steps(one.backend, s.calls(one.backend)) for s in sets]
+    found: dict[str, Contestant] = {}
+    for what in passes:
+        if not one.spills(what, dtype):
+            turn = [of_set[what] for of_set in calls]
+            found[f"{named(one.variant.name, what)}/eager"] = _eager(turn, session)
+            found[f"{named(one.variant.name, what)}/graph"] = _graph(turn, session)
+    return found
 
 
 def bytes_of(what: str, dtype: torch.dtype, elements: int) -> float:

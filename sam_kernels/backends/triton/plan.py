@@ -266,7 +266,7 @@ class Plan:
                 and set(map(_get_dtype, tensors)) == {dtype}
                 and set(map(_get_device, tensors)) == {self.device}
             )
-        except TypeError:
+        except (AttributeError, TypeError):  # a None among them
             return False
 
     def _check(self, name: str, tensors: Tensors, dtype: torch.dtype, sizes: list[int]) -> None:
