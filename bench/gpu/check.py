@@ -24,13 +24,13 @@ from rich.console import Console
 from .. import machine
 from ..records import single
 from . import correctness, report, suite
-from .device import Gpu, GpuResults, absence, describe, slug
+from .device import Gpu, GpuResults, absence, describe, is_fault, slug
 from .report import goals_table
 from .session import Session
 from .stages import DIRECT, NOT_FINISHED, PROCESSES, STAGES, WRONG, Stage, run_stage, worse
 from .turns import LEAST_SECONDS, STAGE_SECONDS, end_of, in_processes, in_turn, planned, share
 
-__all__ = ["NOT_FINISHED", "STAGES", "WRONG", "main", "run_stage"]
+__all__ = ["NOT_FINISHED", "STAGES", "WRONG", "is_fault", "main", "run_stage"]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
