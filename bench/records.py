@@ -66,6 +66,10 @@ class Results:
         """Put the rows in place of what the unit had, and write the file."""
         self.rows = [row for row in self.rows if row["unit"] != unit]
         self.rows += [{"unit": unit, **row, "machine": self.machine} for row in rows]
+        self.save()
+
+    def save(self) -> None:
+        """Write all rows; whoever reads meanwhile finds the old file or the new one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".writing")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -36,10 +38,13 @@ from bench.gpu import (  # noqa: E402
     phase,
     predictions,
     recorded,
+    report,
     suite,
     sweeps,
     training,
+    turns,
 )
+from bench.gpu import session as sessions  # noqa: E402
 from bench.gpu.session import Session, Unfinished, Unit  # noqa: E402
 from bench.peers import Ours  # noqa: E402
 from bench.records import measured, single  # noqa: E402
@@ -133,6 +138,32 @@ def test_tree_hash_changes_with_a_source(tmp_path):
 
 
 MACHINE = {"gpu": "G", "driver": "1", "torch": "2", "triton": "3", "tree": "t", "commit": "c"}
+
+
+def test_tree_hash_is_about_how_libraries_were_built_and_not_about_their_bytes(tmp_path):
+    (tmp_path / "sam_kernels").mkdir()
+    library = tmp_path / "sam_kernels" / "libsam_kernels_cuda.so"
+    library.write_bytes(b"a")
+    before = device.tree_hash(tmp_path, "CUDA 13.0, sm_90")
+    library.write_bytes(b"b")
+    assert device.tree_hash(tmp_path, "CUDA 13.0, sm_90") == before
+    assert device.tree_hash(tmp_path, "CUDA 13.0, sm_90, tuned SAMK_THREADS=512") != before
+
+
+def test_libraries_say_how_they_were_built(monkeypatch, tmp_path):
+    from sam_kernels.backends import native
+
+    class Library:
+        def build_info(self):
+            return "CUDA 13.0, sm_90"
+
+    monkeypatch.setattr(device.machine, "ROOT", tmp_path)
+    monkeypatch.setitem(native._libraries, "cuda", "not built")
+    assert device.build_of_libraries().strip() == "no CUDA library"
+    (tmp_path / "sam_kernels").mkdir()
+    (tmp_path / "sam_kernels" / "_build.json").write_text("nvcc 13.0")
+    monkeypatch.setitem(native._libraries, "cuda", Library())
+    assert device.build_of_libraries() == "nvcc 13.0 CUDA 13.0, sm_90"
 
 
 def test_a_unit_is_done_for_its_own_sources_and_if_nothing_was_wrong(tmp_path):
@@ -641,20 +672,34 @@ def test_a_unit_without_time_is_left_and_not_wrong(session, monkeypatch):
 
 def test_a_wrong_peer_is_left_out_and_a_wrong_result_of_ours_is_a_fault():
     row = single("foreach", "wrong", "off")
-    assert not check.is_fault("phase/resnet50/sgd/float32", row)
-    assert check.is_fault("phase/resnet50/sgd/float32", {**row, "peer": "ours_native"})
-    assert check.is_fault("phase/resnet50/sgd/float32", {**row, "peer": "ours_triton"})
-    assert not check.is_fault("train/gpt2/4", row)
-    assert check.is_fault("train/gpt2/4", {**row, "peer": "ours_native"})
-    assert check.is_fault("correct/launches", row) and check.is_fault("recipes/gpt2/4/fewer", row)
-    assert not check.is_fault("correct/launches", single("x", "skipped", "no tool"))
+    assert not device.is_fault("phase/resnet50/sgd/float32", row)
+    assert device.is_fault("phase/resnet50/sgd/float32", {**row, "peer": "ours_native"})
+    assert device.is_fault("phase/resnet50/sgd/float32", {**row, "peer": "ours_triton"})
+    assert not device.is_fault("train/gpt2/4", row)
+    assert device.is_fault("train/gpt2/4", {**row, "peer": "ours_native"})
+    assert device.is_fault("correct/launches", row) and device.is_fault("recipes/gpt2/4/fewer", row)
+    assert not device.is_fault("correct/launches", single("x", "skipped", "no tool"))
 
 
-def test_the_command_prints_the_table_and_writes_both_files(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def commanded(monkeypatch, tmp_path):
+    """`main` on the stand; processes are functions that stand for them."""
     monkeypatch.setattr(check, "absence", lambda: None)
     monkeypatch.setattr(check, "Gpu", Stand)
     monkeypatch.setattr(check, "describe", lambda gpu: dict(MACHINE))
-    assert check.main(["--stage", "1", "--quick", "--out", str(tmp_path)]) == 0
+
+    def command(run, *line):
+        monkeypatch.setattr(turns.subprocess, "run", run)
+        return check.main([*line, "--out", str(tmp_path)])
+
+    return command
+
+
+def test_the_command_prints_the_table_and_writes_both_files(commanded, tmp_path, capsys):
+    def run(line, **more):
+        return subprocess.CompletedProcess(line, check.main(line[3:]))
+
+    assert commanded(run, "--stage", "1", "--quick") == 0
     out = capsys.readouterr().out
     assert "ceilings/launch" in out and "Predictions and goals" in out
     assert "A quick run checks and does not measure." in (tmp_path / "gpu-quick.txt").read_text()
@@ -670,17 +715,228 @@ def test_the_command_prints_the_table_and_writes_both_files(monkeypatch, tmp_pat
         ([1, 2], check.WRONG),
     ],
 )
-def test_stages_run_in_processes_of_their_own(monkeypatch, tmp_path, codes, status):
+def test_stages_run_in_processes_of_their_own(commanded, codes, status):
     asked = []
 
     def run(command, **more):
         asked.append(command)
         return subprocess.CompletedProcess(command, codes[len(asked) - 1])
 
-    monkeypatch.setattr(check, "absence", lambda: None)
-    monkeypatch.setattr(check, "Gpu", Stand)
-    monkeypatch.setattr(check, "describe", lambda gpu: dict(MACHINE))
-    monkeypatch.setattr(check.subprocess, "run", run)
-    assert check.main(["--stage", "1", "2", "--resume", "--out", str(tmp_path)]) == status
-    assert [command[command.index("--stage") + 1] for command in asked] == ["1", "2"]
-    assert all("--child" in command and "--resume" in command for command in asked)
+    assert commanded(run, "--stage", "1", "3") == status
+    assert [command[command.index("--stage") + 1] for command in asked] == ["1", "3"]
+    assert all("--child" in command for command in asked)
+
+
+def test_a_single_stage_that_crashes_leaves_the_report(commanded, tmp_path, capsys):
+    def crash(command, **more):
+        return subprocess.CompletedProcess(command, -11)
+
+    assert commanded(crash, "--stage", "5") == check.WRONG
+    assert "Predictions and goals" in capsys.readouterr().out
+
+
+# ---- units that end their process --------------------------------------------------------------------
+
+
+class Died(BaseException):
+    """A process that a test lets die: nothing after it happens, as nothing is caught."""
+
+
+def dying(monkeypatch, results, name, *, dies):
+    """Stage 1 of three units, the second of which ends its process as often as it is told."""
+    log = []
+
+    def measure(unit, session):
+        log.append(unit)
+        if unit == name and len([x for x in log if x == name]) <= dies:
+            monkeypatch.setattr(device.GpuResults, "retract", lambda self: None)  # a dead one writes nothing
+            raise Died
+        return [single("x", "passed", True)]
+
+    units = [Unit(f"ceilings/{x}", partial(measure, f"ceilings/{x}")) for x in "abc"]
+    monkeypatch.setattr(ceilings, "units", lambda session: iter(units))
+
+    def run(line, **more):
+        try:
+            return subprocess.CompletedProcess(line, check.main(line[3:]))
+        except Died:
+            return subprocess.CompletedProcess(line, -11)
+
+    return log, run
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume",)], ids=["anew", "resumed"])
+@pytest.mark.parametrize("dies", [1, 2])
+def test_a_unit_that_ends_its_process_comes_last_and_is_given_up_after_two(
+    commanded, monkeypatch, tmp_path, dies, resume
+):
+    log, run = dying(monkeypatch, None, "ceilings/b", dies=dies)
+    assert commanded(run, "--stage", "1", *resume) == check.WRONG
+    assert log == [f"ceilings/{x}" for x in "abcb"]  # nothing is measured twice but the culprit
+    results = device.GpuResults(tmp_path / "gpu.jsonl", MACHINE)
+    assert results.has("ceilings/a") and results.has("ceilings/c")
+    assert results.has("ceilings/b") is (dies == 1)
+    log.clear()
+    assert commanded(run, "--stage", "1", "--resume") == (0 if dies == 1 else check.WRONG)
+    assert log == [] and len(results.broken()) == 0
+    if dies == 2:
+        (row,) = [r for r in results.rows if r["unit"] == "ceilings/b"]
+        assert row["metric"] == "wrong" and "2 times" in row["value"]
+        commanded(run, "--stage", "1")  # anew, it has its chance again
+        assert log.count("ceilings/b") >= 1
+
+
+def test_a_lost_context_costs_the_units_after_it_a_process_and_not_their_turn(session, monkeypatch):
+    lost = []
+    monkeypatch.setattr(Stand, "is_lost", lambda self: bool(lost), raising=False)
+
+    def breaks(s):
+        lost.append(1)
+        raise RuntimeError("an illegal memory access")
+
+    session.results.machine = {**MACHINE, "began": "now"}
+    passes = [single("x", "passed", True)]
+    units = [Unit("ceilings/a", breaks), Unit("ceilings/b", lambda s: passes)]
+    monkeypatch.setattr(ceilings, "units", lambda session: iter(units))
+    assert check.run_stage(check.STAGES[0], session, resume=True) == check.WRONG
+    assert not session.results.has("ceilings/b") and session.results.broken() == {"ceilings/a": 1}
+    lost.clear()
+    assert check.run_stage(check.STAGES[0], session, resume=True) == check.WRONG
+    assert session.results.has("ceilings/b") and session.results.broken() == {"ceilings/a": 2}
+    lost.clear()
+    assert check.run_stage(check.STAGES[0], session, resume=True) == check.WRONG
+    assert not lost and session.results.broken() == {}
+
+
+def test_a_unit_cut_short_is_to_do_and_one_interrupted_or_out_of_time_is_as_before(session, monkeypatch):
+    results = session.results
+    results.replace("ceilings/a", [single("x", "passed", True)])
+    results.begin("ceilings/a", 1)
+    read = device.GpuResults(results.path, MACHINE)
+    assert not read.has("ceilings/a") and read.state("ceilings/a").startswith("to do: it was begun")
+    assert [row["metric"] for row in read.current().rows] == ["passed"] and read.attempts("ceilings/a") == 1
+    results.retract()
+    assert device.GpuResults(results.path, MACHINE).has("ceilings/a")
+    for problem in (Unfinished("late"), KeyboardInterrupt()):
+
+        def measure(s, problem=problem):
+            raise problem
+
+        units = [Unit("ceilings/a", measure)]
+        monkeypatch.setattr(ceilings, "units", lambda session, units=units: iter(units))
+        if isinstance(problem, Unfinished):
+            assert check.run_stage(check.STAGES[0], session, resume=False) == check.NOT_FINISHED
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                check.run_stage(check.STAGES[0], session, resume=False)
+        assert results.has("ceilings/a") and results.attempts("ceilings/a") == 0
+
+
+HANGING = """
+import sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from test_gpu_check import MACHINE, Stand
+from bench.gpu import ceilings, check, device
+from bench.gpu.session import Session, Unit
+results = device.GpuResults(Path({path!r}), MACHINE)
+session = Session(Stand(), results, print, is_child=True)
+ceilings.units = lambda session: iter([Unit("train/a", lambda s: time.sleep(60), least=-14.75)])
+check.run_stage(check.STAGES[0], session, resume=False)
+"""
+
+
+def test_a_unit_that_hangs_ends_its_process_and_says_where(tmp_path):
+    path = str(tmp_path / "gpu.jsonl")
+    program = HANGING.format(root=str(ROOT), tests=str(ROOT / "tests"), path=path)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 1 and "Timeout (" in done.stderr and "in measure" not in done.stdout
+    assert device.GpuResults(Path(path), MACHINE).attempts("train/a") == 1
+
+
+def test_every_unit_knows_how_long_it_takes_and_only_lasting_ones_have_no_end(session):
+    both = replace(session, backends=device.Gpu.backends)
+    units = [unit for stage in check.STAGES for unit in stage.units(both)]
+    for unit in units:
+        assert any(fnmatchcase(unit.name, pattern) for pattern in sessions._EXPECTED) or unit.least, unit.name
+        assert 5 <= unit.needs <= 70 and unit.most > 2 * unit.needs
+    lasting = {unit.name for unit in units if math.isinf(unit.most)}
+    assert "phase/resnet50/sgd/float32/compiled" in lasting and "phase/resnet50/sgd/float32" not in lasting
+    assert {unit.name for unit in suite.units()} <= lasting
+    assert any(name.endswith("/optax") for name in lasting)
+
+
+# ---- time --------------------------------------------------------------------------------------------
+
+
+def test_the_last_stage_has_what_is_left_and_time_saved_goes_to_those_after():
+    one, two, three, four, five, six = check.STAGES
+    assert turns.seconds_for(six, [], 530) == 530
+    assert turns.seconds_for(two, [three], 300) == 300
+    assert turns.seconds_for(one, [two], 600) == 600 - turns.STAGE_SECONDS[2]
+    # As planned, and no more, while those after it still need theirs.
+    assert turns.seconds_for(three, [four, five], 700) == turns.STAGE_SECONDS[3]
+
+
+def test_a_limit_counts_from_the_start_of_make_and_holds_the_last_unit_and_the_report():
+    now = time.monotonic()
+    kept = turns.GRACE + turns.REPORT_SECONDS
+    assert turns.end_of(560, None) - now == pytest.approx(560 - kept, abs=1)
+    assert turns.end_of(560, time.time() - 100) - now == pytest.approx(460 - kept, abs=1)
+
+
+def test_a_resumed_call_takes_processes_of_stage_2_after_the_figures_of_stages_3_to_5(session):
+    order = [(turn.number, turn.part) for turn in turns.in_turn(check.STAGES, resume=True)]
+    assert order == [(1, ""), (2, "direct"), (3, ""), (4, ""), (5, ""), (2, "processes"), (6, "")]
+    assert turns.in_turn(check.STAGES, resume=False) == list(check.STAGES)
+    of = {
+        part: {unit.name for unit in replace(check.STAGES[1], part=part).units(session)}
+        for part in ("", "direct", "processes")
+    }
+    assert of["direct"] == {unit.name for unit in correctness.direct(session)}
+    assert of["processes"] == {unit.name for unit in suite.units()}
+    assert of[""] == of["direct"] | of["processes"] and not of["direct"] & of["processes"]
+
+
+# ---- what processes say ------------------------------------------------------------------------------
+
+
+def test_all_processes_have_one_log_with_a_section_each_which_a_later_run_replaces(session):
+    for what, word in (("a, b", "one"), ("c", "two"), ("a, b", "three")):
+        status, said, log = suite.run(session, what, [sys.executable, "-c", f"print('{word}')"], {})
+        assert (status, said) == (0, f"{word}\n")
+    assert suite.section_of(log, "c") == "two\n" and suite.section_of(log, "a, b") == "three\n"
+    assert "one" not in log.read_text() and [x.name for x in log.parent.iterdir()] == ["gpu.log"]
+
+
+@pytest.mark.parametrize(
+    "summary", ["4 passed, 2 skipped in 1.0s", "= 4 passed, 1 warning in 61.02s (0:01:01) ="]
+)
+def test_a_message_after_pytests_summary_does_not_hide_it(session, monkeypatch, summary):
+    said = f"....\n{summary}\n[W] destroying a process group\n"
+    monkeypatch.setattr(suite, "run", lambda *rest: (0, said, Path("x.log")))
+    monkeypatch.setattr(suite, "absence", lambda backend, device: None)
+    row, last = suite._tests("native", suite.PARTS["native"], session)
+    assert row["metric"] == "passed" and last["value"] == summary
+    assert suite.summary_of("5 deselected in 0.1s\nbye") == "5 deselected in 0.1s"
+    assert suite.summary_of("a\nINTERNALERROR") == "INTERNALERROR"
+
+
+def test_a_sanitizer_is_found_in_the_toolkit_and_its_absence_is_in_the_report(session, monkeypatch, tmp_path):
+    monkeypatch.setattr(suite, "absence", lambda backend, device: None)
+    monkeypatch.setattr(suite, "tool_named", lambda name: None)
+    for tool in ("memcheck", "racecheck"):
+        session.results.replace(f"correct/native/sanitizer/{tool}", suite._sanitizer("native", tool, session))
+    (sentence,) = suite.not_run(session.results)
+    assert sentence.startswith("compute-sanitizer: not run (") and "memcheck" in sentence
+    report.write(session.results.path)
+    assert "compute-sanitizer: not run" in session.results.path.with_suffix(".txt").read_text()
+    monkeypatch.undo()
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert suite.tool_named("compute-sanitizer") == str(program)

@@ -560,12 +560,12 @@ def test_what_a_process_says_is_kept_beside_the_results(session):
     command = [sys.executable, "-c", "import os; print('a' * 300_000 + os.environ['X']); raise SystemExit(3)"]
     status, said, log = suite.run(session, "native memcheck", command, {"X": "end"})
     assert status == 3 and said.endswith("end\n") and len(said) == 200_000
-    assert log == session.results.path.parent / "logs" / "native-memcheck.log"
-    assert log.read_text() == said
+    assert log == session.results.path.with_suffix(".log")
+    assert suite.section_of(log, "native memcheck") == said
 
 
 def test_logs_are_not_under_version_control():
-    log = ROOT / "bench" / "results" / "nvidia-h200" / "logs" / "native-memcheck.log"
+    log = ROOT / "bench" / "results" / "nvidia-h200" / "gpu.log"
     asked = ["git", "check-ignore", "-q", str(log)]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
     if "not a git repository" in done.stderr:
@@ -588,7 +588,7 @@ def test_a_process_that_does_not_end_is_ended_with_all_it_started_and_its_words_
     session.ends = time.monotonic() + 11.5
     with pytest.raises(Unfinished, match="racecheck did not end in 1 s"):
         suite.run(session, "racecheck", [sys.executable, "-c", ENDLESS], {})
-    child = int(suite.log_of(session, "racecheck").read_text())
+    child = int(suite.section_of(suite.log_of(session), "racecheck"))
     status = Path(f"/proc/{child}/status")
     if Path("/proc/self/status").exists():
         until = time.monotonic() + 5
@@ -602,4 +602,4 @@ def test_without_time_a_process_is_left_to_the_next_run(session):
     session.ends = time.monotonic() + 30
     with pytest.raises(Unfinished, match="s are left for memcheck"):
         suite.run(session, "memcheck", [sys.executable, "-c", "print(1)"], {})
-    assert not suite.log_of(session, "memcheck").exists()
+    assert not suite.log_of(session).exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from bench.gpu import (  # noqa: E402
     recipe_steps,
     report,
     training,
+    turns,
 )
 from bench.gpu.session import Session, Unit  # noqa: E402
 from bench.passes import BYTES  # noqa: E402
@@ -246,15 +248,16 @@ def test_the_other_recipes_run(session, monkeypatch, group):
 
 def test_the_readme_says_what_each_stage_is_given():
     rows = re.findall(r"^\| (\d) \| (\d+) \|", (ROOT / "bench" / "README.md").read_text(), re.M)
-    assert {int(stage): int(seconds) for stage, seconds in rows} == check._STAGE_SECONDS
+    assert {int(stage): int(seconds) for stage, seconds in rows} == turns.STAGE_SECONDS
 
 
 def test_stages_fit_three_calls_of_ten_minutes_and_half_an_hour():
-    seconds = check._STAGE_SECONDS
+    seconds = turns.STAGE_SECONDS
     assert sorted(seconds) == [stage.number for stage in check.STAGES]
     build, start = 60, 90  # all cores at work; a machine that is started for the call
     for call in ((1, 2), (3, 4), (5, 6)):
-        assert sum(seconds[number] for number in call) + check._GRACE + build * (1 in call) < 590
+        kept = turns.GRACE + turns.REPORT_SECONDS + build * (1 in call)
+        assert sum(seconds[number] for number in call) + kept <= 590
     assert sum(seconds.values()) + build + 3 * start < 1800
 
 
@@ -266,7 +269,7 @@ def command(monkeypatch, tmp_path):
     monkeypatch.setattr(check, "describe", lambda gpu: dict(MACHINE))
     monkeypatch.setattr(correctness, "missing", lambda *a, **k: [])
     for stage in check.STAGES:
-        done = Unit(f"{stage.title}/one", lambda s: [single("x", "passed", True)])
+        done = Unit(f"{stage.title}/one", lambda s: [single("x", "passed", True)], least=15)
         monkeypatch.setattr(stage.module, "units", lambda s, done=done: iter([done]))
     started = []
 
@@ -274,7 +277,7 @@ def command(monkeypatch, tmp_path):
         started.append((line, more))
         return subprocess.CompletedProcess(line, check.main(line[3:]))
 
-    monkeypatch.setattr(check.subprocess, "run", run)
+    monkeypatch.setattr(turns.subprocess, "run", run)
     run.started = started
     return lambda *line: (check.main([*line, "--out", str(tmp_path)]), started)
 
@@ -295,18 +298,28 @@ def test_the_list_says_what_became_of_every_unit_and_measures_nothing(command, t
     assert (tmp_path / "gpu.jsonl").read_text() == before
 
 
+def given(line):
+    """Seconds a process may take, by the clock on the wall."""
+    return float(line[line.index("--ends") + 1]) - time.time()
+
+
 def test_a_call_ends_within_its_limit_and_the_next_takes_up_what_is_left(command, monkeypatch, tmp_path):
-    status, started = command("--limit", "30")
-    # Each of them had what was left of the 30 seconds, and not what a stage is given at most.
-    budgets = [float(line[line.index("--seconds") + 1]) for line, _ in started]
-    assert status == 0 and len(budgets) == 6 and all(25 <= given <= 30 for given in budgets)
+    status, started = command("--limit", "90")
+    # Each of them had what was left of the limit, and not what a stage is given at most.
+    assert status == 0 and len(started) == 6 and all(20 <= given(line) <= 31 for line, _ in started)
+    assert all(more["timeout"] <= 90 - turns.REPORT_SECONDS for _, more in started)
     started.clear()
-    assert command("--limit", "20") == (check.NOT_FINISHED, [])
+    assert command("--limit", "80") == (check.NOT_FINISHED, [])
+    began = f"{time.time() - 200:.0f}"  # the build took all of it
+    assert command("--limit", "210", "--began", began) == (check.NOT_FINISHED, [])
     assert command("--resume") == (0, [])
     (tmp_path / "gpu.jsonl").unlink()
     command("--resume", "--stage", "1", "2")
     assert [line[5] for line, _ in started] == ["1", "2"]
-    assert all(more["timeout"] > check._STAGE_SECONDS[int(line[5])] for line, more in started)
+    assert all(more["timeout"] > turns.STAGE_SECONDS[int(line[5])] for line, more in started)
+    started.clear()
+    command("--stage", "6", "--limit", "590")
+    assert 520 < given(started[0][0]) <= 531
 
 
 def test_a_unit_is_not_begun_with_less_time_than_it_takes(session, monkeypatch):
@@ -497,3 +510,30 @@ def test_without_an_environment_of_its_own_make_builds_in_place_and_installs_not
     line = ["make", "-n", "gpu-check", "PYTHON=python3", "VENV=", "STAGE=5"]
     said = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said.index("setup.py -q build_ext --inplace") < said.index("-m bench.gpu") and "pip" not in said
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_says_when_it_began():
+    line = ["make", "-n", "gpu-check", "PYTHON=python3", "VENV="]
+    said = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert abs(int(re.search(r"BEGAN=(\d+) ", said)[1]) - time.time()) < 60
+
+
+def test_the_line_for_copies_of_the_checkout_takes_former_results_along(tmp_path):
+    readme = (ROOT / "bench" / "README.md").read_text()
+    (line,) = re.findall(r"^    (mkdir -p former .*)$", readme, re.M)
+    tools, checkout, out = tmp_path / "tools", tmp_path / "checkout", tmp_path / "out"
+    for folder in (tools, checkout, out):
+        folder.mkdir()
+    (tools / "make").write_text('#!/bin/sh\necho "$@"\n')
+    (tools / "make").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "OUT": str(out)}
+    for rows in (None, "rows"):
+        if rows:
+            (checkout / "former" / "gpu.jsonl").write_text(rows)
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=checkout, env=environment, check=True, capture_output=True, text=True
+        )
+        assert (out / "gpu.jsonl").exists() is bool(rows)
+        assert f"RESULTS={out}" in done.stdout and re.search(r"COMMIT=[0-9a-f]{7}\b", done.stdout)
+    assert (out / "gpu.jsonl").read_text() == "rows"

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from .. import machine
-from ..records import Results, Row
+from ..records import Results, Row, single
 
 # A unit measured under another one of these has to be measured again.
 _FINGERPRINT = ("gpu", "driver", "torch", "triton", "tree")
@@ -182,7 +182,7 @@ def describe(gpu: Gpu) -> dict[str, Any]:
         "pytorch_optimizer": machine.peer_version(),
         "sam_kernels": machine.package_version(),
         "commit": _commit(),
-        "tree": tree_hash(machine.ROOT),
+        "tree": tree_hash(machine.ROOT, build_of_libraries()),
         "library": cuda_library(),
     }
 
@@ -202,10 +202,23 @@ def _commit() -> str:
     return os.environ.get("COMMIT") or machine.commit()
 
 
-def tree_hash(root: Path) -> str:
-    """A name for the sources and the built libraries: figures and correctness belong to one such state."""
-    digest = hashlib.sha256()
-    for pattern in ("csrc/**/*", "sam_kernels/**/*.py", "sam_kernels/*.so", "bench/**/*.py"):
+def build_of_libraries() -> str:
+    """What the build recorded and the CUDA library says: compilers, targets and other settings than usual."""
+    from sam_kernels.backends import native
+
+    recorded = machine.ROOT / "sam_kernels" / "_build.json"
+    library = native._libraries.get("cuda")
+    said = library.build_info() if hasattr(library, "build_info") else "no CUDA library"
+    return f"{recorded.read_text() if recorded.exists() else ''} {said}"
+
+
+def tree_hash(root: Path, build: str = "") -> str:
+    """A name for the sources and how they were built: figures and correctness belong to one such state.
+
+    Not for the libraries' bytes: nvcc writes others every time.
+    """
+    digest = hashlib.sha256(build.encode())
+    for pattern in ("CMakeLists.txt", "setup.py", "csrc/**/*", "sam_kernels/**/*.py", "bench/**/*.py"):
         for path in sorted(root.glob(pattern)):
             if path.is_file() and path.relative_to(root).as_posix() not in _SHOWING:
                 digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
@@ -239,21 +252,64 @@ def is_fault(unit: str, row: Row) -> bool:
     return not has_peers or row["peer"].startswith(("ours", unit))
 
 
+STARTED = "started"  # the metric of a row that stands while its unit is measured
+
+
 class GpuResults(Results):
-    """Rows of a GPU. A unit is done if it was measured with these sources and nothing of ours was wrong."""
+    """Rows of a GPU. A unit is done if it was measured with these sources and nothing of ours was wrong.
+
+    A unit that ended its process, by a hang, a crash or a lost context, leaves rows that know how often:
+    `attempts`.
+    """
 
     def has(self, unit: str) -> bool:
-        rows = [row for row in self.rows if row["unit"] == unit]
-        return super().has(unit) and not any(is_fault(unit, row) for row in rows)
+        rows = self._of(unit)
+        return super().has(unit) and not any(is_fault(unit, row) or row["metric"] == STARTED for row in rows)
 
     def state(self, unit: str) -> str:
         """What became of a unit, in a word or two."""
-        rows = [row for row in self.rows if row["unit"] == unit]
+        rows = self._of(unit)
         if not rows:
             return "to do"
+        if any(row["metric"] == STARTED for row in rows):
+            return "to do: it was begun and did not end"
         if not all(map(self._is_ours, rows)):
             return "to do: other sources, card or versions measured it"
         return "done" if self.has(unit) else "wrong"
+
+    def begin(self, unit: str, attempts: int) -> None:
+        """Say on disk that a unit is being measured; what a former run left of it stays until it is done."""
+        self._before = list(self.rows)
+        row = {"unit": unit, **single(unit, STARTED, True, attempts=attempts), "machine": self.machine}
+        self.rows = [r for r in self.rows if (r["unit"], r["metric"]) != (unit, STARTED)] + [row]
+        self.save()
+
+    def retract(self) -> None:
+        """Undo the last `begin`."""
+        self.rows = self._before
+        self.save()
+
+    def attempts(self, unit: str, is_any_call: bool = True) -> int:
+        """How often it ended its process, with these sources; of `is_any_call` or of this call alone."""
+        rows = [row for row in self._of(unit) if self._is_ours(row)]
+        return max((row.get("attempts", 0) for row in rows if is_any_call or self._is_now(row)), default=0)
+
+    def is_of_this_call(self, unit: str) -> bool:
+        rows = self._of(unit)
+        return bool(rows) and all(map(self._is_now, rows))
+
+    def broken(self) -> dict[str, int]:
+        """Attempts of the units that ended a process of this call; without those that were given up."""
+        found = {row["unit"] for row in self.rows if "attempts" in row and "given_up" not in row}
+        return {unit: self.attempts(unit, is_any_call=False) for unit in sorted(found)}
+
+    def _of(self, unit: str) -> list[Row]:
+        return [row for row in self.rows if row["unit"] == unit]
+
+    def _is_now(self, row: Row) -> bool:
+        """Whether it was measured by this call of the command, in whichever of its processes."""
+        began = self.machine.get("began")
+        return began is not None and row["machine"].get("began") == began
 
     def _is_ours(self, row: Row) -> bool:
         return all(row["machine"].get(key) == self.machine.get(key) for key in _FINGERPRINT)
@@ -261,7 +317,7 @@ class GpuResults(Results):
     def current(self) -> GpuResults:
         """Only the rows of these sources: what a table of this run may show."""
         copy = GpuResults(self.path, self.machine)
-        copy.rows = [row for row in self.rows if self._is_ours(row)]
+        copy.rows = [row for row in self.rows if self._is_ours(row) and row["metric"] != STARTED]
         return copy
 
 

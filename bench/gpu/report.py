@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ..records import Results, Row
 from ..report import number
-from . import pictures
+from . import pictures, suite
 from .ceilings import COPY
 from .device import GpuResults, rate
 from .naming import (
@@ -67,6 +67,8 @@ def write(path: Path) -> list[Path]:
         plain = Console(file=file, width=200, color_system=None, highlight=False)
         for name, value in results.machine.items():
             plain.print(f"{name:>18}  {value}", markup=False)
+        for sentence in suite.not_run(results):
+            plain.print(f"\n{sentence}", markup=False)
         for table in (goals_table(results, reason), *([] if reason else tables(results))):
             plain.print()
             plain.print(table)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from ..records import Row, single
 from ..timing import Effort
@@ -21,6 +23,7 @@ class Session:
         cap: cut every tensor to this many elements: a first look, whose figures mean nothing.
         ends: when the stage has to be over, in seconds of time.monotonic.
         backends: those of ours that take part; all of the device's if none is named.
+        is_child: whether this process is a stage's own, which may be ended when a unit hangs.
     """
 
     gpu: Gpu
@@ -29,6 +32,7 @@ class Session:
     cap: int | None = None
     ends: float = field(default_factory=lambda: time.monotonic() + 450)
     backends: tuple[str, ...] = ()
+    is_child: bool = False
 
     def __post_init__(self) -> None:
         self.backends = self.backends or self.gpu.backends
@@ -41,17 +45,51 @@ class Session:
         return Effort(3, 9, 100, seconds) if self.cap is None else Effort(1, 3, 3, 0.0)
 
 
+# Seconds that units take, as far as their rounds, captures, compilations and comparisons on the CPU tell.
+_EXPECTED = {
+    "ceilings/*": 8,
+    "correct/*/recipe/*": 20,
+    "correct/*/many": 30,
+    "correct/*/long": 30,
+    "correct/*/huge": 30,
+    "correct/*": 15,
+    "kernels/*": 30,
+    "phase/*": 45,
+    "train/*": 45,
+    "recipes/*": 40,
+    "sweep/verdict *": 5,
+    "sweep/*": 20,
+}
+
+# Units whose work lasts as long as there is time: processes, builds and compilations, with ends of their own.
+_LASTING = ("correct/pytest/*", "correct/*/sanitizer/*", "phase/*/compiled", "phase/*optax*", "sweep/*")
+
+
 @dataclass(frozen=True)
 class Unit:
     """What is measured together and saved together; a former run's unit need not be repeated.
 
     Attributes:
-        least: seconds a stage must still have for the unit to begin.
+        least: seconds a stage must still have for the unit to begin; by its name if not given.
     """
 
     name: str
     measure: Callable[[Session], list[Row]]
-    least: float = 15
+    least: float | None = None
+
+    @property
+    def needs(self) -> float:
+        """Seconds a stage must still have for the unit to begin."""
+        if self.least is not None:
+            return self.least
+        return next((s for pattern, s in _EXPECTED.items() if fnmatchcase(self.name, pattern)), 30)
+
+    @property
+    def most(self) -> float:
+        """Seconds after which it is taken for hanging."""
+        if any(fnmatchcase(self.name, pattern) for pattern in _LASTING):
+            return math.inf
+        return 60 + 4 * self.needs
 
 
 class Unfinished(Exception):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +17,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .. import machine
-from ..records import Row, single
+from ..records import Results, Row, single
 from .ours import NATIVE, TRITON, absence, named
 from .session import Session, Unfinished, Unit, skipped, verdict
+from .variants import tool as tool_named
 
 # What such a process needs at the least; less than that is left to the next call.
 _LEAST_SECONDS = 60
+_LAST_SECONDS = 10  # to end it, and to read what it said
 
 _KEPT_BYTES = 200_000
 _SHOWN_LINES = 60
@@ -71,12 +72,30 @@ _SANITIZERS = {NATIVE: ("memcheck", "racecheck", "initcheck"), TRITON: ("memchec
 
 def units() -> Iterator[Unit]:
     """Native's first: all kernels of an engine under the sanitizers, and its tests, before another's."""
+    least = _LEAST_SECONDS + _LAST_SECONDS
     for backend in (NATIVE, TRITON):
         for tool in _SANITIZERS[backend]:
-            yield Unit(f"correct/{backend}/sanitizer/{tool}", partial(_sanitizer, backend, tool))
+            run_it = partial(_sanitizer, backend, tool)
+            yield Unit(f"correct/{backend}/sanitizer/{tool}", run_it, least)
         for name, part in PARTS.items():
             if part.backend == backend:
-                yield Unit(f"correct/pytest/{name}", partial(_tests, name, part))
+                yield Unit(
+                    f"correct/pytest/{name}", partial(_tests, name, part), _LEAST_SECONDS + _LAST_SECONDS
+                )
+
+
+def is_process(unit: str) -> bool:
+    """Whether a unit of stage 2 is one of these; no figure waits for them."""
+    return unit.startswith("correct/pytest/") or "/sanitizer/" in unit
+
+
+def not_run(results: Results) -> list[str]:
+    """Sentences about the sanitizers that were skipped, one for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in results.rows:
+        if "/sanitizer/" in row["unit"] and row["metric"] == "skipped":
+            reasons.setdefault(str(row["value"]), []).append(row["peer"])
+    return [f"compute-sanitizer: not run ({', '.join(who)}): {why}" for why, who in reasons.items()]
 
 
 # ---- pytest --------------------------------------------------------------------------------------------
@@ -87,7 +106,7 @@ def _tests(name: str, part: Part, session: Session) -> list[Row]:
     if reason is not None:
         return [skipped(session, what, reason)]
     status, said, log = run(session, what, pytest_command(part), _ENVIRONMENT)
-    last = said.strip().splitlines()[-1] if said.strip() else "no output"
+    last = summary_of(said)
     failures = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
     problems = [] if status == 0 else [last, *failures]
     if not problems and " passed" not in last:  # a suite that skips all its tests ends with 0
@@ -95,6 +114,17 @@ def _tests(name: str, part: Part, session: Session) -> list[Row]:
     if problems:
         _show(session, failures_of(said), log)
     return [verdict(session, what, problems), single(what, "summary", last)]
+
+
+_SUMMARY = re.compile(
+    r"\b(no tests ran|\d+ (passed|failed|errors?|skipped|deselected|xfailed|xpassed)\b.*) in \d"
+)
+
+
+def summary_of(said: str) -> str:
+    """pytest's last word, after which a library may still complain about its end; else the last line."""
+    lines = said.strip().splitlines() or ["no output"]
+    return next((line for line in reversed(lines) if _SUMMARY.search(line)), lines[-1])
 
 
 def pytest_command(part: Part) -> list[str]:
@@ -120,10 +150,10 @@ def failures_of(said: str) -> list[str]:
 
 def _sanitizer(backend: str, tool: str, session: Session) -> list[Row]:
     """compute-sanitizer over a program that calls every kernel of a backend."""
-    program, what = shutil.which("compute-sanitizer"), named(backend, tool)
+    program, what = tool_named("compute-sanitizer"), named(backend, tool)
     reason = absence(backend, session.gpu.device)
     if program is None or reason is not None:
-        return [skipped(session, what, reason or "compute-sanitizer is not on the PATH")]
+        return [skipped(session, what, reason or "it is neither on the PATH nor in a CUDA toolkit")]
     command = [program, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
     if tool == "racecheck":
         # Watching torch's kernels too would take minutes. initcheck has to see them: they write our inputs.
@@ -174,13 +204,13 @@ def run(
     session: Session, what: str, command: list[str], environment: dict[str, str]
 ) -> tuple[int, str, Path]:
     """Status and output of a command that gets what is left of the stage's time, and where the output is."""
-    seconds = session.left() - 10
+    seconds = session.left() - _LAST_SECONDS
     if seconds < _LEAST_SECONDS:
         raise Unfinished(f"{max(0, seconds):.0f} s are left for {what}")
-    log = log_of(session, what)
-    log.parent.mkdir(parents=True, exist_ok=True)
+    log = log_of(session)
+    begins = _open_section(log, what)
     # Straight into the file: then it is there too if this process is ended.
-    with log.open("wb") as file:
+    with log.open("ab") as file:
         process = subprocess.Popen(
             command,
             cwd=machine.ROOT,
@@ -195,24 +225,47 @@ def run(
             os.killpg(process.pid, signal.SIGKILL)  # what it started too
             process.wait()
             if isinstance(problem, subprocess.TimeoutExpired):
-                _show(session, _kept(log).splitlines()[-_SHOWN_LINES // 4 :], log)
+                _show(session, _kept(log, begins).splitlines()[-_SHOWN_LINES // 4 :], log)
                 raise Unfinished(f"{what} did not end in {seconds:.0f} s") from problem
             raise
-    return status, _kept(log), log
+    return status, _kept(log, begins), log
 
 
-def log_of(session: Session, what: str) -> Path:
-    """Where the output of a process is kept: beside the results, and not under version control."""
-    name = "-".join(re.findall(r"[a-z0-9]+", what.lower()))
-    return session.results.path.parent / "logs" / f"{name}.log"
+def log_of(session: Session) -> Path:
+    """Where the output of all processes is kept: beside the results, and not under version control."""
+    return session.results.path.with_suffix(".log")
 
 
-def _kept(log: Path) -> str:
-    """What was said; of much, the end, in the file too."""
-    said = log.read_bytes()
+def section_of(log: Path, what: str) -> str:
+    """What a process said, by the log."""
+    _, _, rest = log.read_text(errors="replace").partition(_heading(what))
+    return re.split(r"^######## .+ ########$", rest, maxsplit=1, flags=re.M)[0]
+
+
+def _heading(what: str) -> str:
+    return f"######## {what} ########\n"
+
+
+def _open_section(log: Path, what: str) -> int:
+    """Begin a section at the end of the log, in place of a former one; where its text begins."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    said = log.read_text(errors="replace") if log.exists() else ""
+    heading = _heading(what)
+    if heading in said:
+        said = said.replace(heading + section_of(log, what), "")
+    if said and not said.endswith("\n"):
+        said += "\n"
+    log.write_text(said + heading)
+    return log.stat().st_size
+
+
+def _kept(log: Path, begins: int) -> str:
+    """What was said since the log had that size; of much, the end, in the file too."""
+    whole = log.read_bytes()
+    said = whole[begins:]
     if len(said) > _KEPT_BYTES:
         said = said[-_KEPT_BYTES:]
-        log.write_bytes(said)
+        log.write_bytes(whole[:begins] + said)
     return said.decode(errors="replace")
 
 
