@@ -384,11 +384,11 @@ def test_rows_of_finished_parts_outlive_one_that_raises(session, monkeypatch):
 
 def test_units_ask_for_the_seconds_that_their_bytes_take(session):
     session.cap = None
-    least = {unit.name: unit.least for unit in phase.units(session)}
+    least = {unit.name: unit.needs for unit in phase.units(session)}
     assert 40 < least["phase/gpt2_xl/adamw/float32"] < 200
     assert least["phase/gpt2_xl/adamw/float32"] > least["phase/vit_l/adamw/bfloat16"]
     assert all(least[name] >= 120 for name in least if name.endswith(("compiled", "optax")))
-    of_passes = {unit.name: unit.least for unit in kernels.units(session)}
+    of_passes = {unit.name: unit.needs for unit in kernels.units(session)}
     assert of_passes["kernels/llama_7b/float32"] > of_passes["kernels/resnet50/float32"] + 10
     assert max(of_passes.values()) < 100
 

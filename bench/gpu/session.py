@@ -54,6 +54,7 @@ _EXPECTED = {
     "correct/*/huge": 30,
     "correct/*": 15,
     "kernels/*": 30,
+    "floor/*": 20,
     "phase/*": 45,
     "train/*": 45,
     "recipes/*": 40,
