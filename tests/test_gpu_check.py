@@ -509,6 +509,7 @@ def test_stage_2_passes_for_tritons_kernels_in_the_interpreter(session, monkeypa
     assert launches == {"passed": True, "resnet50": 3, "resnet50_moved": 3, "vit_l": 3, "gpt2_xl": 3}
 
 
+@pytest.mark.thorough  # stage 4 runs above with another backend, and stage 2 with this one
 @interpreted.needed
 @pytest.mark.usefixtures("counting_stand")
 def test_stage_4_times_tritons_steps_beside_native_ones_eager_and_in_a_graph(session, monkeypatch):
