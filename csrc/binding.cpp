@@ -586,13 +586,10 @@ PYBIND11_MODULE(_native, m) {
         return std::string(self.build_info());
       });
 
-  py::class_<tensors::Watch> watch(m, "Watch", py::module_local());
-  watch.def(py::init<const py::list&>())
+  py::class_<tensors::Watch>(m, "Watch", py::module_local())
+      .def(py::init<const py::list&>())
       .def("look", &tensors::Watch::look)
       .def("gradients", &tensors::Watch::gradients);
-  watch.attr("UNSURE") = static_cast<int>(tensors::Watch::kUnsure);
-  watch.attr("MOVED") = static_cast<int>(tensors::Watch::kMoved);
-  watch.attr("SAME") = static_cast<int>(tensors::Watch::kSame);
 
   py::class_<Plan>(m, "Plan", py::module_local())
       .def(py::init([](const py::list& numel, const py::list& row, std::shared_ptr<Library> library,

@@ -142,7 +142,7 @@ class Layout {
 // of Python, so that none is kept from the garbage collector; whoever asks brings the lists.
 class Watch {
  public:
-  enum Seen { kUnsure, kMoved, kSame };
+  enum Seen { kUnsure, kMoved, kSame };  // UNSURE, MOVED, SAME of sam_kernels/watch.py
 
   explicit Watch(const py::list& params) {
     for (py::handle param : params) {

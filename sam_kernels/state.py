@@ -54,30 +54,18 @@ def scalars(rule: str | None, group: dict[str, Any]) -> tuple[float | Tensor, ..
     """
     if rule is None:
         return ()
-    shared = (number(group["lr"]), number(group["weight_decay"]), float(bool(group["maximize"])))
+    lr, decay, maximize, *own = numbers(rule, group)
+    shared = (number(lr), number(decay), float(bool(maximize)))
     if rule == "sgd":
-        return (
-            *shared,
-            number(group["momentum"]),
-            number(group["dampening"]),
-            float(bool(group["nesterov"])),
-        )
-    beta1, beta2 = group["betas"]
-    decoupled = group.get("decoupled_weight_decay", False)
-    return (
-        *shared,
-        0.0,
-        0.0,
-        0.0,
-        number(beta1),
-        number(beta2),
-        number(group["eps"]),
-        float(bool(decoupled)),
-    )
+        momentum, dampening, nesterov = own
+        return (*shared, number(momentum), number(dampening), float(bool(nesterov)))
+    beta1, beta2, eps, decoupled = own
+    none_of_sgd = (0.0, 0.0, 0.0)
+    return (*shared, *none_of_sgd, number(beta1), number(beta2), number(eps), float(bool(decoupled)))
 
 
 def numbers(rule: str | None, group: dict[str, Any]) -> tuple[Any, ...]:
-    """What `scalars` reads of a param group, as it is there."""
+    """The options of a param group that its rule reads, as they are there."""
     if rule is None:
         return ()
     shared = (group["lr"], group["weight_decay"], group["maximize"])

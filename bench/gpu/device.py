@@ -32,9 +32,6 @@ _SHOWING = ("bench/plot.py", "bench/report.py", "bench/gpu/report.py", "bench/gp
 
 _CYCLES_PER_MICROSECOND = 2000  # of the spin kernel that keeps a device busy; more than any card's clock
 
-# A device takes about a thousand launches ahead; then the host waits, and its time is no longer its own.
-QUEUE = 500
-
 
 def absence() -> str | None:
     """Why nothing can be measured here, or None when there is a device."""

@@ -5,9 +5,8 @@ All backends take part in the same rounds; a row names its own, as "triton pertu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from statistics import median
 
 from ..records import Row, measured, single
 from ..timing import Contestant, interleave
@@ -15,7 +14,19 @@ from . import floor, masked, selection
 from .lists import CASES, numel
 from .ours import named
 from .session import Session, Unit
-from .sets import LAYOUTS, LISTS, PASSES, SECONDS, Layout, Set, beside_first, fitting, in_graph, refused
+from .sets import (
+    LAYOUTS,
+    LISTS,
+    PASSES,
+    SECONDS,
+    Layout,
+    Set,
+    ahead_of_device,
+    beside_first,
+    fitting,
+    in_graph,
+    refused,
+)
 
 # Lists a pass needs that may be too many.
 _NEEDS = {"descend_ adamw": 5, "descend_ sgd": 4}
@@ -25,8 +36,6 @@ _MOST_SETS = 4
 
 # What `_least` counts: calls of a pass in all ways it is timed, and bytes of an fp32 parameter.
 _CALLS, _BYTES_OF_A_PASS, _SLOW_RATE = 40, 16, 2e12
-
-_LEAST_LEAD = 200  # microseconds
 
 
 def units(session: Session) -> Iterator[Unit]:
@@ -82,10 +91,10 @@ def _timed(sets: list[Set], layout: Layout, elements: int, session: Session) -> 
         calls = [one.calls(backend) for one in sets]
         for name in calls[0]:
             turn = [found[name] for found in calls]
-            contestants[f"{name}/eager"] = _eager(turn, "eager_ms", session)
+            contestants[f"{name}/eager"] = ahead_of_device(turn, "eager_ms", session)
             contestants[f"{name}/graph"] = in_graph(turn, session)
             if len(turn) > 1:
-                contestants[f"{name}/again"] = _eager([turn[0]] * len(turn), "same_list_ms", session)
+                contestants[f"{name}/again"] = ahead_of_device([turn[0]] * len(turn), "same_list_ms", session)
     rows = []
     for label, parts in interleave(contestants, session.effort(SECONDS)).items():
         name = label.split("/")[0]
@@ -93,20 +102,3 @@ def _timed(sets: list[Set], layout: Layout, elements: int, session: Session) -> 
             count = layout.bytes_of(name.split(" ", 1)[1], elements)
             rows.append(measured(name, metric, [1e3 * s for s in samples], bytes=count))
     return rows + beside_first(rows, PASSES, session)
-
-
-def _eager(turn: list[Callable[[], object]], metric: str, session: Session) -> Contestant:
-    ahead = _lead(turn, session)
-    return lambda: {metric: sum(session.gpu.laps(turn, ahead=ahead)) / len(turn)}
-
-
-def _lead(turn: list[Callable[[], object]], session: Session) -> float:
-    """Microseconds by which the host has to be ahead of the device, so that only the device is timed."""
-
-    def all_of() -> None:
-        for call in turn:
-            call()
-
-    all_of()  # compiles, where that is left to the first call
-    host = median(session.gpu.host_seconds(all_of, is_busy=True) for _ in range(3))
-    return max(_LEAST_LEAD, 2e6 * host)

@@ -256,10 +256,8 @@ def _phase_table(results: GpuResults, unit: str) -> Table:
         "first\ncall ms",
         "error",
     )
-    for peer in results.peers(unit):
+    for peer in peers_with(results, unit, "eager_ms", "graph_ms"):
         eager, graph = (results.find(unit, peer, m) for m in ("eager_ms", "graph_ms"))
-        if eager is None and graph is None:
-            continue
         row = graph or eager
         value = {
             metric: results.value(unit, peer, metric)
@@ -308,10 +306,8 @@ def _train_table(results: GpuResults, unit: str) -> Table:
         "x ours",
         "peak\nGB",
     )
-    for peer in results.peers(unit):
+    for peer in peers_with(results, unit, "total_ms", "graph_ms"):
         eager, graph = (results.find(unit, peer, m) for m in ("total_ms", "graph_ms"))
-        if eager is None and graph is None:
-            continue
         table.add_row(
             label(peer),
             _middle(eager),

@@ -10,22 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 from unittest import mock
 
 import torch
 
 from .. import machine
-from ..passes import BYTES
 from ..records import Row, measured, single
 from ..timing import Contestant, interleave
 from . import agreement, variants, winners
+from .gate import in_turn
 from .kernels import sets_for
 from .lists import CASES, numel
 from .ours import NATIVE, TRITON, beside, named
 from .session import Session, Unfinished, Unit, guarded, skipped
-from .sets import LISTS, Layout, Set
+from .sets import LISTS, Layout, Set, ahead_of_device, in_graph
 from .settings import SINGLE, STEPS, SWEEPS, TRITON_SWEEPS, Sweep, Variant
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -35,7 +34,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 _BUILD_SECONDS, _LAST_BUILD_SECONDS = 60, 40
 _SECONDS = 3.0  # of rounds in a unit
 _CALLS, _SLOW_RATE = 40, 2e12  # what `_least` counts: calls of a pass, in all ways it is timed
-_LEAST_LEAD = 200.0  # microseconds
 
 
 @dataclass(frozen=True)
@@ -313,14 +311,14 @@ def _contestants(
     for what in passes:
         if not one.spills(what, dtype):
             turn = [of_set[what] for of_set in calls]
-            found[f"{named(one.variant.name, what)}/eager"] = _eager(turn, session)
-            found[f"{named(one.variant.name, what)}/graph"] = _graph(turn, session)
+            found[f"{named(one.variant.name, what)}/eager"] = ahead_of_device(turn, "eager_ms", session)
+            found[f"{named(one.variant.name, what)}/graph"] = in_graph(turn, session)
     return found
 
 
 def bytes_of(what: str, dtype: torch.dtype, elements: int) -> float:
     """Bytes that a pass, or the three passes of a step, have to move."""
-    return sum(BYTES[part] for part in _parts(what)) * dtype.itemsize / 4 * elements
+    return sum(Layout(dtype).bytes_of(part, elements) for part in _parts(what))
 
 
 def _parts(what: str) -> tuple[str, ...]:
@@ -331,26 +329,4 @@ def _parts(what: str) -> tuple[str, ...]:
 def _with_steps(backend: str, calls: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
     """Passes by their own names, and steps of three of them."""
     found = {name.removeprefix(f"{backend} "): call for name, call in calls.items()}
-    return found | {step: _one_after_another([found[part] for part in _parts(step)]) for step in STEPS}
-
-
-def _one_after_another(calls: list[Callable[[], object]]) -> Callable[[], None]:
-    def run() -> None:
-        for call in calls:
-            call()
-
-    return run
-
-
-def _eager(turn: list[Callable[[], object]], session: Session) -> Contestant:
-    """The host is so far ahead of the device that the device alone is timed."""
-    all_of = _one_after_another(turn)
-    all_of()  # compiles, where that is left to the first call
-    host = median(session.gpu.host_seconds(all_of, is_busy=True) for _ in range(3))
-    ahead = max(_LEAST_LEAD, 2e6 * host)
-    return lambda: {"eager_ms": sum(session.gpu.laps(turn, ahead=ahead)) / len(turn)}
-
-
-def _graph(turn: list[Callable[[], object]], session: Session) -> Contestant:
-    replay = session.gpu.capture(_one_after_another(turn))
-    return lambda: {"graph_ms": session.gpu.laps([replay], ahead=50)[0] / len(turn)}
+    return found | {step: in_turn(*(found[part] for part in _parts(step))) for step in STEPS}
